@@ -1,8 +1,9 @@
 # `make help` lists the targets. All but `help`, `lock` and `clean` first set up .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test bench lint lock clean
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCHMARKS := noise update swap rollouts generation scaling
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -18,6 +19,11 @@ demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under r
 test: lint  ## lint, then every test
 	$(BIN)/pytest -m "not vllm"
 	$(BIN)/pytest -m vllm
+
+bench: $(INSTALLED)  ## the short form of every benchmark, with figures and plots under runs/bench
+	for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/$$name.py --short --json runs/bench/$$name.json --plot runs/bench/$$name.png || exit 1; \
+	done
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check
