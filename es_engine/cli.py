@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -155,6 +156,8 @@ def main() -> None:
     """Run the command line. Bad input ends with one sentence and exit code 2, an interrupt with 130."""
     for number in INTERRUPTS:
         signal.signal(number, _interrupt)
+    if not sys.stderr.isatty():  # transformers asks this too; its bars would fill a log with half-drawn lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except _Interrupted:

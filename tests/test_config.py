@@ -175,7 +175,7 @@ SENTENCES = {
     "sede=1": "sede: unknown key, perhaps seed; accepted are name, seed, model, space, method, optimizer, task, pool, "
     "engine, budget, evaluation, telemetry",
     "telemetry.prometheus_port=70000": "telemetry.prometheus_port: got 70000, accepted is null or "
-    "an integer >= 1 and <= 65535",
+    "an integer >= 0 and <= 65535",
     "method.population": "override method.population: accepted is KEY=VALUE, such as method.population=64",
     "=3": "override =3: accepted is KEY=VALUE, such as method.population=64",
 }

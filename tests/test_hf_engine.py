@@ -11,13 +11,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from inputs import random_center, random_prompts
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from es_engine import noise
 from es_engine.spaces.lora import LoraSpace, Train
 from rewards.base import Example
-from workers.engine import CENTER, Completion, Member, Request, Sampling, Vector
+from workers.engine import CENTER, Completion, Member, Request, Sampling
 from workers.hf_engine import HfEngine
 from workers.models import linear_matrices
 from workers.prompts import context_length, load_tokenizer, preparer
@@ -31,16 +32,6 @@ GREEDY = Sampling(max_tokens=24, stop=("\n",))
 
 def build_space(model: Path, train: Train = "B", rank: int = 5, alpha: float = 16.0) -> LoraSpace:
     return LoraSpace(linear_matrices(model, "all-linear"), rank=rank, alpha=alpha, train=train)
-
-
-def random_center(space: LoraSpace) -> Vector:
-    step = np.random.default_rng(1).standard_normal(space.dim).astype(np.float32)
-    return space.start() + np.float32(0.3) * step
-
-
-def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
-    rng = np.random.default_rng(2)
-    return [tuple(int(token) for token in rng.integers(3, 38, length)) for length in lengths]
 
 
 def ordered(engine: HfEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

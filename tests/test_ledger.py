@@ -183,8 +183,17 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
     other = [*LINES[:2], {**LINES[2], "rewards": [[0.1, 0.0]]}, {**LINES[3], "step": 9}]
     found = compare(tmp_path, LINES, other)
     assert found is not None
-    assert found.startswith("line 3 (step 0): rewards is [[0.1, null], ")
+    assert found.startswith("line 3 (step 0): rewards is [[0.1, null], ")  # of another length: shown whole
     assert f"in {tmp_path / 'one'} and [[0.1, 0.0]] in {tmp_path / 'other'}" in found
+
+
+def test_a_difference_deep_in_a_line_is_named_by_its_place(tmp_path: Path) -> None:
+    rewards = [[0.1] * 50 for _ in range(9)]
+    one = [{"kind": "generation", "step": 0, "record": {"same": 1, "rewards": rewards}}]
+    other = [{"kind": "generation", "step": 0, "record": {"same": 1, "rewards": [*rewards[:-1], [0.1] * 49 + [0.2]]}}]
+    found = compare(tmp_path, one, other)
+    assert found is not None
+    assert found.startswith("line 1 (step 0): record.rewards[8][49] is 0.1 in ")
 
 
 @pytest.mark.parametrize("missing", [1, 2])

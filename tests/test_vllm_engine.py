@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from inputs import random_center, random_prompts
 from transformers import AutoModelForCausalLM
 
 from es_engine import noise
@@ -79,17 +80,6 @@ def build_engine(model: Path, space: LoraSpace, cache_bytes: int = LARGE_CACHE, 
     }
     STARTED.append(VllmEngine(model, space, RUN_SEED, SLOTS, cache_bytes, VllmOptions(**(small | options))))
     return STARTED[-1]
-
-
-def random_center(space: LoraSpace) -> Vector:
-    """A center away from the start, so that every slot, the center's too, differs from the base model."""
-    step = np.random.default_rng(1).standard_normal(space.dim).astype(np.float32)
-    return space.start() + np.float32(0.3) * step
-
-
-def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
-    rng = np.random.default_rng(2)
-    return [tuple(int(token) for token in rng.integers(3, 38, length)) for length in lengths]
 
 
 def member_theta(center: Vector, generation: int, member: Member) -> Vector:

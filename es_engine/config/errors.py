@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from es_engine.config.base import ConfigError, in_yaml
 from es_engine.config.reflection import accepted_by, kinds_of, models_of, one_of
@@ -23,7 +22,7 @@ def as_config_error(error: ValidationError, root: type[BaseModel], data: Mapping
     return ConfigError("\n".join(sentences.values()))
 
 
-def _explain(detail: ErrorDetails, root: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
+def _explain(detail: Mapping[str, Any], root: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
     """The dotted path of the field that is at fault and the sentence about it."""
     keys, model, info = _locate(detail["loc"], root)
     path = ".".join(key if key.isidentifier() else in_yaml(key) for key in keys)

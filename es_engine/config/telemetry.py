@@ -16,6 +16,6 @@ class TelemetryConfig(ConfigModel):
         default=True, description="Progress on the terminal, or a line a generation where there is none."
     )
     tensorboard: bool = Field(default=True, description="TensorBoard events in the run folder.")
-    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        default=None, description="Loopback port that serves Prometheus metrics; null serves none."
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None, description="Loopback port that serves Prometheus metrics; 0 is any free one, null serves none."
     )

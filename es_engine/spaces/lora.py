@@ -219,7 +219,10 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: the file is damaged, it is not JSON ({error})") from error
     if config.get("peft_type") != "LORA" or any(config.get(field) for field in NOT_PLAIN):
         raise ValueError(
             f"{path}: only plain LoRA adapters are accepted (no DoRA, rsLoRA or ranks and alphas of single modules)"
