@@ -282,10 +282,11 @@ def test_prompts_prefilled_in_parts_complete_as_whole_ones(
     np.testing.assert_array_equal(parts.noise_sum(3, [5, 0, 2], [0.5, -2.0, 1.25]), expected)
 
 
-def test_a_completion_ends_before_its_stop_string(engine: VllmEngine) -> None:
+@pytest.mark.parametrize("length", [1, 2], ids=["found by its tokens", "found in the text"])
+def test_a_completion_ends_before_its_stop_string(engine: VllmEngine, length: int) -> None:
     requests = uneven((0, 1, 2, 3))
     free = texts(engine, requests, Sampling(max_tokens=24))
-    stop = next(text[3:5] for *_, text, _ in free if len(text) > 8)
+    stop = next(text[3 : 3 + length] for *_, text, _ in free if len(text) > 8)
     cut = texts(engine, requests, Sampling(max_tokens=24, stop=(stop, "\n")))
     assert sum(stop in text for *_, text, _ in free) > 0
     for (*_, free_ids, free_text, _), (*_, ids, text, reason) in zip(free, cut, strict=True):

@@ -15,6 +15,7 @@ from es_engine.spaces.lora import LoraSpace
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.perturbation import Perturber
 from workers.prompts import load_tokenizer
+from workers.stops import cut_at_stop
 
 
 class HfEngine:
@@ -105,15 +106,15 @@ class HfEngine:
         end = next((place for place, token in enumerate(ids) if token in self._ends), None)
         kept = ids if end is None else ids[: end + 1]
         text = self._text(kept)
-        cuts = [text.index(stop) for stop in sampling.stop if stop in text]
-        if cuts:  # up to the token that completes the first stop string
+        cut = cut_at_stop(text, sampling.stop)
+        if cut != text:  # up to the token that completes the first stop string
             kept = kept[: bisect_left(range(len(kept)), True, key=lambda n: self._holds_stop(kept[:n], sampling.stop))]
         return Completion(
             request=request,
             sample=sample,
-            text=text[: min(cuts)] if cuts else text,
+            text=cut,
             token_ids=tuple(kept),
-            finish_reason="length" if end is None and not cuts else "stop",
+            finish_reason="length" if end is None and cut == text else "stop",
         )
 
     def _holds_stop(self, ids: list[int], stops: Sequence[str]) -> bool:

@@ -12,6 +12,8 @@ import numpy as np
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Completion, Member, Request, Sampling, Vector
+from workers.prompts import load_tokenizer
+from workers.stops import cut_at_stop, stop_tokens
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM allocates slots for; a LoRA of another rank is padded with zeros to the next."""
@@ -45,6 +47,8 @@ class VllmEngine:
         self._slots = slots
         self._writes = 0
         self._names: list[str] = []
+        self._tokenizer = load_tokenizer(model)
+        self._stop_tokens: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._rpc("es_prepare", space, run_seed, slots, cache_bytes)
 
     def set_center(self, theta: Vector) -> None:
@@ -62,18 +66,19 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, each as soon as it is done; the order of requests decides the batches."""
         engine = self._llm.llm_engine
+        ends = self._ends(sampling.stop)
         try:
             for number, request in enumerate(requests):
                 engine.add_request(
                     str(number),
                     _prompt(request),
-                    _sampling_params(sampling, request.seed),
+                    _sampling_params(sampling, request.seed, ends),
                     lora_request=self._lora(request),
                 )
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        yield from _completions(output)
+                        yield from self._completions(output, sampling, decode=ends is not None)
         finally:  # a caller that stops early leaves nothing behind to answer the next one
             engine.abort_request([str(number) for number in range(len(requests))])
 
@@ -93,6 +98,24 @@ class VllmEngine:
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
         return self._rpc("es_noise_sum", generation, list(pairs), list(weights))[0]
+
+    def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...] | None:
+        if stops not in self._stop_tokens:
+            self._stop_tokens[stops] = stop_tokens(self._tokenizer, stops)
+        return self._stop_tokens[stops]
+
+    def _completions(self, output: Any, sampling: Sampling, *, decode: bool) -> Iterator[Completion]:
+        for sample in output.outputs:
+            text = sample.text
+            if decode:
+                text = cut_at_stop(self._tokenizer.decode(sample.token_ids, skip_special_tokens=True), sampling.stop)
+            yield Completion(
+                request=int(output.request_id),
+                sample=sample.index,
+                text=text,
+                token_ids=tuple(sample.token_ids),
+                finish_reason=sample.finish_reason or "stop",
+            )
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return self._llm.collective_rpc(method, args=args)
@@ -143,7 +166,8 @@ def _prompt(request: Request) -> Any:
     return {"prompt_token_ids": list(request.prompt_ids)}
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> Any:
+def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None) -> Any:
+    """`ends` are the tokens of the stop strings; None leaves the search for them, in the text, to vLLM."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -152,21 +176,12 @@ def _sampling_params(sampling: Sampling, seed: int) -> Any:
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        stop=list(sampling.stop) or None,
+        stop=list(sampling.stop) if ends is None else None,
+        stop_token_ids=list(ends) if ends else None,
+        detokenize=ends is None,
         seed=seed if sampling.temperature > 0 else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _completions(output: Any) -> Iterator[Completion]:
-    for sample in output.outputs:
-        yield Completion(
-            request=int(output.request_id),
-            sample=sample.index,
-            text=sample.text,
-            token_ids=tuple(sample.token_ids),
-            finish_reason=sample.finish_reason or "stop",
-        )
 
 
 def _prompt_logprobs(output: Any) -> Vector:

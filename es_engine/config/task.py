@@ -47,7 +47,7 @@ class CountdownTaskConfig(ConfigModel):
     )
     data: Text | None = Field(default=None, description="File of problems, JSON lines; null: generated problems.")
     heldout_data: Text | None = Field(
-        default=None, description="File of held-out problems; null: one in five of data is held out."
+        default=None, description="File of held-out problems; null: three in ten problems of data are held out."
     )
     verifier: Text | None = Field(
         default=None, description="Your own: path/to/file.py:function or package.module:function; null: countdown."
