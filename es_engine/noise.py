@@ -26,8 +26,10 @@ _MT_OFFSET = 3  # in 64-bit words: the seed, (left, seeded) and the position com
 _EMPTY_STATE = torch.Generator().manual_seed(0).get_state()
 
 
-def draw(run_seed: int, generation: int, pair: int, dim: int, out: Vector | None = None) -> Vector:
-    """The noise eps of one pair: `dim` standard normal float32 values, shape (D,).
+def draw(
+    run_seed: int, generation: int, pair: int, dim: int, out: Vector | None = None, *, first_block: int = 0
+) -> Vector:
+    """The noise eps of one pair: `dim` standard normal float32 values, shape (D,), from `first_block` on.
 
     All three keys are integers in [0, 2**64). `out`, where given, receives the values and is returned.
     """
@@ -35,7 +37,7 @@ def draw(run_seed: int, generation: int, pair: int, dim: int, out: Vector | None
     assert eps.shape == (dim,)
     assert eps.flags.c_contiguous
     for index, start, stop in blocks(dim):
-        fill_block(eps[start:stop], run_seed, generation, pair, index)
+        fill_block(eps[start:stop], run_seed, generation, pair, first_block + index)
     return eps
 
 

@@ -43,6 +43,20 @@ def test_any_block_drawn_alone_equals_its_part_of_the_whole() -> None:
         assert part.tobytes() == whole[start:stop].tobytes()
 
 
+def test_noise_can_be_drawn_from_any_block_on() -> None:
+    dim = 3 * noise.BLOCK + 17
+    whole = noise.draw(7, 8, 9, dim)
+    for first, start, _ in noise.blocks(dim):
+        assert noise.draw(7, 8, 9, dim - start, first_block=first).tobytes() == whole[start:].tobytes()
+
+
+@given(blocks=st.integers(0, 2), over=st.integers(-20, 20))
+@settings(max_examples=25, deadline=None)
+def test_a_smaller_dimension_is_the_head_of_a_larger_one(blocks: int, over: int) -> None:
+    dim = max(0, blocks * noise.BLOCK + over)
+    assert noise.draw(1, 2, 3, dim).tobytes() == noise.draw(1, 2, 3, 3 * noise.BLOCK)[:dim].tobytes()
+
+
 @given(length=st.integers(1, noise.BLOCK))
 @settings(max_examples=25, deadline=None)
 def test_a_short_block_is_the_head_of_a_whole_one(length: int) -> None:
