@@ -90,6 +90,7 @@ def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) ->
         "tokens": int(sum(result.tokens.sum() for result in results)),
         "prompt_tokens": sum(result.prompt_tokens for result in results),
         "truncated": sum(result.truncated for result in results),
+        "looped": sum(result.looped for result in results),
         "failures": dict(sorted(failures.items())),
         "times": {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds},
     }

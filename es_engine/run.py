@@ -10,9 +10,8 @@ from es_engine.config import Config, LoraSpaceConfig
 from es_engine.evaluation import Evaluation, evaluate_center
 from es_engine.ledger import Line
 from es_engine.run_folder import RunFolder
-from es_engine.session import Session
+from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
-from workers.engine import Sampling
 
 
 class Run:
@@ -67,7 +66,7 @@ def evaluate(
             session.pool.put(session.materials.space.start()),
             0,
             session.materials.problems("heldout", range(problems or config.evaluation.problems)),
-            Sampling(task.max_tokens, samples, temperature, 1.0, task.stop),
+            sampling(config, task, samples, temperature),
             config.evaluation.chunk,
         )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 from es_engine.config import Config
+from es_engine.methods import chunk_size
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Example, Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
+from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices
 from workers.pool import Pool
 from workers.prompts import context_length, load_tokenizer, preparer
@@ -64,8 +66,18 @@ def gather(config: Config) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    method = EvolutionStrategies(config.method, chunk=config.engine.chunk, max_tokens=task.max_tokens, stop=task.stop)
+    chunk = config.engine.chunk
+    if chunk == "auto":  # until it is settled
+        chunk = chunk_size.most_slots(config.method.population, space)
+    sampled = sampling(config, task, config.method.samples, config.method.temperature, config.method.top_p)
+    method = EvolutionStrategies(config.method, chunk=chunk, sampling=sampled)
     return Materials(config, task, model, space, method)
+
+
+def sampling(config: Config, task: Task, samples: int, temperature: float, top_p: float = 1.0) -> Sampling:
+    """How completions are drawn for a task: what the task and the engine's config say of their end, and this."""
+    repeats = getattr(config.engine, "max_repeats", None)
+    return Sampling(task.max_tokens, samples, temperature, top_p, task.stop, repeats)
 
 
 class Session:
@@ -83,8 +95,28 @@ class Session:
             self.materials.space,
             self.materials.model_fingerprint,
             tuple(problem.prompt_ids for problem in canary),
+            slots=self.materials.method.chunk,
         )
         self.pool = Pool(setup, notify)
+
+    def settle_chunk(self) -> None:
+        """Replace `engine.chunk: auto`, in the config too, by the size that this pool is fastest with."""
+        found = self.materials
+        config, method = found.config, found.method
+        if config.engine.chunk != "auto":
+            return
+        sigma = config.method.sigma if config.method.sigma != "auto" else min(config.method.probe_sigmas)
+        size = chunk_size.find(
+            method,
+            self.pool,
+            self.pool.put(found.space.start()),
+            found.problems("train", range(method.batch_size)),
+            sigma=sigma,
+            slots=method.chunk,
+            workers=len(self.pool.workers),
+        )
+        settled = config.model_copy(update={"engine": config.engine.model_copy(update={"chunk": size})})
+        self.materials = replace(found, config=settled, method=method.with_chunk(size))
 
     def __enter__(self) -> Session:
         return self

@@ -23,9 +23,9 @@ from es_engine.methods.es import Estimate
 from es_engine.optimizers import TorchOptimizer, build_optimizer
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
-from es_engine.session import Materials, Session, gather
+from es_engine.session import Materials, Session, gather, sampling
 from es_engine.telemetry import Telemetry, open_telemetry
-from workers.engine import Sampling, Vector
+from workers.engine import Vector
 from workers.perturbation import Perturber
 
 REPLAY_CACHE_BYTES = 1
@@ -48,7 +48,8 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
     folder.refuse_existing()
     notices = _Notices()
     with Session(config, notices) as session:
-        folder.create(config)
+        session.settle_chunk()
+        folder.create(session.materials.config)
         ledger = folder.open_ledger()
         state = _beginning(session.materials)
         ledger.append(_header(session.materials, state))
@@ -255,9 +256,7 @@ def _evaluate_if_due(
         session.pool.put(state.theta),
         state.step,
         session.materials.problems("heldout", range(wanted.problems)),
-        Sampling(
-            session.materials.task.max_tokens, wanted.samples, wanted.temperature, 1.0, session.materials.task.stop
-        ),
+        sampling(config, session.materials.task, wanted.samples, wanted.temperature),
         wanted.chunk,
     )
     line = {"kind": "evaluation", "step": state.step, "theta": fingerprint(state.theta), **evaluation.summary}

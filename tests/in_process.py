@@ -25,7 +25,9 @@ class FunctionWorker:
         self.reward = reward
         self.perturber = Perturber(seed, dim, cache_bytes=10**7)
 
-    def evaluate(self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int) -> ChunkResult:
+    def evaluate(
+        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: object = None
+    ) -> ChunkResult:
         self.perturber.center = theta
         rewards = np.array(
             [
@@ -40,6 +42,7 @@ class FunctionWorker:
             components={"exact": rewards / 2},
             tokens=np.full(rewards.shape, 3),
             truncated=1,
+            looped=2,
             prompt_tokens=sum(len(problem.prompt_ids) for row in problems for problem in row),
             failures={"timeout": int(np.isnan(rewards).sum())},
             texts=[
@@ -70,6 +73,10 @@ class FunctionRunner:
         self.workers = [FunctionWorker(index, reward, dim, seed) for index in range(workers)]
         self.turn = turn
         self.calls: list[Call] = []
+
+    @property
+    def size(self) -> int:
+        return len(self.workers)
 
     def put(self, value: Any) -> Any:
         return value

@@ -13,7 +13,7 @@ from in_process import FunctionRunner, problems
 from es_engine.config import EsMethodConfig
 from es_engine.methods.calibration import FIRST_PROBE, Probe, calibrate, choose
 from es_engine.methods.es import EvolutionStrategies
-from workers.engine import CENTER, Vector
+from workers.engine import CENTER, Sampling, Vector
 
 DIM = 400
 MEMBERS = 8  # as many as the default probes have
@@ -85,7 +85,7 @@ def fragile(theta: Vector, problem: Any, _sample: int) -> float:
 
 def auto(**changes: Any) -> EvolutionStrategies:
     config = EsMethodConfig(**{"population": 32, "prompts": 2, "probe_sigmas": (0.01, 0.1, 1.0), **changes})
-    return EvolutionStrategies(config, chunk=4, max_tokens=8, stop=())
+    return EvolutionStrategies(config, chunk=4, sampling=Sampling(8))
 
 
 def run(es: EvolutionStrategies, runner: FunctionRunner) -> dict[str, Any]:

@@ -26,7 +26,8 @@ NAN = float("nan")
 
 def method(chunk: int = 4, **changes: Any) -> EvolutionStrategies:
     config = EsMethodConfig(**{"population": 8, "prompts": 1, "sigma": 0.1, **changes})
-    return EvolutionStrategies(config, chunk=chunk, max_tokens=8, stop=("\n",))
+    sampling = Sampling(8, config.samples, config.temperature, config.top_p, ("\n",))
+    return EvolutionStrategies(config, chunk=chunk, sampling=sampling)
 
 
 def estimate(es: EvolutionStrategies, runner: FunctionRunner, theta: Vector, generation: int, sigma: float) -> Estimate:
@@ -232,6 +233,7 @@ def test_the_record_tells_the_generation() -> None:
         "tokens": 6 * 2 * 3 * 3,
         "prompt_tokens": 6 * (1 + 2),
         "truncated": 2,
+        "looped": 4,
         "failures": {"timeout": 0},
         "workers": [0, 0],
     }
@@ -311,3 +313,12 @@ def test_es_climbs_a_quadratic(optimizer: OptimizerConfig, shaping: str) -> None
         assert direction is not None
         theta = stepper.step(theta, direction, optimizer.lr * (1 - generation / generations))
     assert np.linalg.norm(theta - goal) < 0.1 * np.linalg.norm(goal)
+
+
+def test_each_worker_is_told_which_noise_it_will_probably_need_next() -> None:
+    runner = FunctionRunner(lambda theta, problem, sample: float(theta[0]), dim=5, workers=2)
+    es = method(population=12, chunk=4)
+    estimate(es, runner, np.zeros(5, np.float32), generation=3, sigma=0.1)
+    evaluations = [call for call in runner.calls if call.method == "evaluate"]
+    # Three chunks for two workers: the first worker gets the last, and then both begin the next generation.
+    assert [call.arguments[-1] for call in evaluations] == [(3, (4, 5)), (4, (0, 1)), (4, (2, 3))]

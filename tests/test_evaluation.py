@@ -71,6 +71,7 @@ def test_a_greedy_evaluation() -> None:
     assert summary["tokens"] == 15
     assert summary["prompt_tokens"] == 1 + 2 + 3 + 4 + 5
     assert summary["truncated"] == 3  # one in each chunk
+    assert summary["looped"] == 6
     assert summary["times"] == {"generate": 1.5}
 
 

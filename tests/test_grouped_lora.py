@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.vllm
 
@@ -29,7 +31,17 @@ LAYOUTS = {
     "bare tokens last": [0, 0, 1, 1, -1, -1],
     "bare tokens only": [-1, -1, -1],
     "one bare token": [-1],
+    "long runs": [0] * 33 + [1] * 40 + [2] * 37,
+    "long runs, a slot twice": [3] * 40 + [0] * 50 + [3] * 34,
+    "long runs between bare tokens": [-1] + [2] * 60 + [-1] * 3 + [0] * 33 + [-1] * 2,
 }
+SHARED = (None, "A", "B")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Matrices this small are slower on two."""
+    torch.set_num_threads(1)
 
 
 @dataclass
@@ -42,31 +54,44 @@ class Layer:
     written: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
-def build_layer(outs: tuple[int, ...], wrapper: Any, dtype: torch.dtype = torch.float64) -> Layer:
-    """A layer with random adapters in its slots, stacked by the code under test."""
+def build_layer(
+    outs: tuple[int, ...],
+    wrapper: Any,
+    dtype: torch.dtype = torch.float64,
+    *,
+    shared: Any = None,
+    rank: int = RANK,
+) -> Layer:
+    """A layer with random adapters in its slots, stacked by the code under test; all have one `shared` factor."""
     from workers.grouped_lora import stack_slots
 
     layer = Layer(
-        lora_a_stacked=tuple(torch.randn(SLOTS, 1, RANK, FAN_IN, dtype=dtype) for _ in outs),
-        lora_b_stacked=tuple(torch.randn(SLOTS, 1, out, RANK, dtype=dtype) for out in outs),
+        lora_a_stacked=tuple(torch.randn(SLOTS, 1, rank, FAN_IN, dtype=dtype) for _ in outs),
+        lora_b_stacked=tuple(torch.randn(SLOTS, 1, out, rank, dtype=dtype) for out in outs),
         punica_wrapper=wrapper,
     )
-    stack_slots(SimpleNamespace(modules={"layer": layer}))
+    stack_slots(SimpleNamespace(modules={"layer": layer}), shared)
     layer.written = tuple(
-        (torch.randn(a.shape, dtype=dtype), torch.randn(b.shape, dtype=dtype))
+        (random_slots(a.shape, dtype, one=shared == "A"), random_slots(b.shape, dtype, one=shared == "B"))
         for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
     )
     for a, b, (written_a, written_b) in zip(layer.lora_a_stacked, layer.lora_b_stacked, layer.written, strict=True):
-        a.copy_(written_a)
-        b.copy_(written_b)
+        for slot in range(SLOTS):
+            a[slot] = written_a[slot]
+            b[slot] = written_b[slot]
     return layer
+
+
+def random_slots(shape: torch.Size, dtype: torch.dtype, *, one: bool) -> torch.Tensor:
+    """Random numbers for every slot, or one set of them for all."""
+    return torch.randn(1 if one else shape[0], *shape[1:], dtype=dtype).expand(shape)
 
 
 def build_wrapper(slots: list[int]) -> Any:
     """The wrapper as vLLM tells it, through its own metadata, the slots (-1: none) of a step's tokens."""
     from workers.grouped_lora import GroupedLoraWrapper
 
-    wrapper = GroupedLoraWrapper(max_num_batched_tokens=64, max_batches=64, device="cpu")
+    wrapper = GroupedLoraWrapper(max_num_batched_tokens=256, max_batches=256, device="cpu")
     tell(wrapper, slots)
     return wrapper
 
@@ -102,23 +127,44 @@ def activations(tokens: int, outs: tuple[int, ...], dtype: torch.dtype) -> tuple
     return torch.randn(tokens, sum(outs), dtype=dtype), torch.randn(tokens, FAN_IN, dtype=dtype)
 
 
+@pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("outs", [PLAIN, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize("slots", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_of_tokens_equals_a_loop(slots: list[int], outs: tuple[int, ...]) -> None:
+def test_every_layout_of_tokens_equals_a_loop(slots: list[int], outs: tuple[int, ...], shared: str | None) -> None:
     wrapper = build_wrapper(slots)
-    layer = build_layer(outs, wrapper)
+    layer = build_layer(outs, wrapper, shared=shared)
     y, x = activations(len(slots), outs, torch.float64)
     torch.testing.assert_close(run(wrapper, layer, y, x), naive(layer, y, x, slots), rtol=1e-12, atol=1e-12)
 
 
-def test_random_layouts_equal_a_loop() -> None:
-    wrapper = build_wrapper([0])
-    layer = build_layer(PACKED, wrapper)
-    for _ in range(200):
-        slots = torch.randint(-1, SLOTS, (int(torch.randint(1, 30, ())),)).tolist()
-        tell(wrapper, slots)
-        y, x = activations(len(slots), PACKED, torch.float64)
-        torch.testing.assert_close(run(wrapper, layer, y, x), naive(layer, y, x, slots), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("rank", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rank_equals_a_loop(rank: int, dtype: torch.dtype) -> None:
+    for slots in ([0, 0, 1, 1], [2, 0, 1, 2, 2, -1], LAYOUTS["long runs, a slot twice"]):
+        wrapper = build_wrapper(slots)
+        layer = build_layer(PACKED, wrapper, dtype, rank=rank)
+        y, x = activations(len(slots), PACKED, dtype)
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-4
+        found, expected = run(wrapper, layer, y, x).double(), naive(layer, y, x, slots)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 40)), min_size=1, max_size=6),
+    shuffle=st.booleans(),
+    shared=st.sampled_from(SHARED),
+    seed=st.integers(0, 1000),
+)
+def test_any_layout_equals_a_loop(runs: list[tuple[int, int]], shuffle: bool, shared: str | None, seed: int) -> None:
+    torch.manual_seed(seed)
+    slots = [slot for slot, length in runs for _ in range(length)]
+    if shuffle:
+        slots = [slots[place] for place in torch.randperm(len(slots))]
+    wrapper = build_wrapper(slots)
+    layer = build_layer(PACKED, wrapper, shared=shared)
+    y, x = activations(len(slots), PACKED, torch.float64)
+    torch.testing.assert_close(run(wrapper, layer, y, x), naive(layer, y, x, slots), rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_equals_a_loop_but_for_rounding() -> None:
@@ -151,16 +197,37 @@ def test_groups_in_another_order_give_the_same_bits() -> None:
     assert torch.equal(run(wrapper, layer, y[order], x[order]), straight[order])
 
 
-def test_layouts_that_waste_too_much_are_not_padded() -> None:
-    from workers.grouped_lora import MAX_PADDING, group_by_slot, pad_groups
+def test_layouts_are_chosen_by_what_they_cost() -> None:
+    from workers.grouped_lora import LONG_RUN, MAX_PADDING, Even, Gathered, Runs, lay_out
 
-    def padded(slots: list[int]) -> bool:
-        return pad_groups(group_by_slot(torch.tensor(slots))) is not None
+    def chosen(slots: list[int]) -> list[type]:
+        layout = lay_out(torch.tensor(slots))
+        return [type(layout), type(layout.inner)] if isinstance(layout, Gathered) else [type(layout)]
 
-    assert MAX_PADDING == 1.5
-    assert padded([0, 0, 0, 1])  # 6 rows for 4 tokens
-    assert not padded([0, 0, 0, 0, 1])  # 8 rows for 5 tokens
-    assert not padded([0, 2])  # slot 1 would be computed for nothing
+    assert (LONG_RUN, MAX_PADDING) == (32, 2.5)
+    assert chosen([1, 1, 2, 2, -1]) == [Even]
+    assert chosen([0, 0, 2, 2]) == [Gathered, Even]  # slot 1 is padding: 6 rows for 4 tokens
+    assert chosen([0, 1, 0]) == [Gathered, Even]
+    assert chosen([0] * 11 + [1, 0]) == [Gathered, Even]  # 24 rows for 13 tokens
+    assert chosen([0, 4]) == [Gathered, Even]  # 5 rows for 2 tokens
+    assert chosen([0, 0, 4, 0]) == [Gathered, Runs]  # 15 rows for 4 tokens
+    assert chosen([0] * 31 + [1] * 33) == [Runs]
+    assert chosen([0] * 30 + [1] * 33) == [Gathered, Even]
+    assert chosen([-1, -1]) == [type(None)]
+
+
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_a_shared_factor_is_held_once(shared: str) -> None:
+    wrapper = build_wrapper([1])
+    layer = build_layer(PACKED, wrapper, shared=shared)
+    ((a, b),) = wrapper.stacks.values()
+    one = a if shared == "A" else b
+    each = b if shared == "A" else a
+    assert one.untyped_storage().nbytes() == one[0].nbytes
+    assert each.untyped_storage().nbytes() == each.nbytes
+    first = layer.lora_a_stacked[0] if shared == "A" else layer.lora_b_stacked[0]
+    first[3, 0] = 7.0
+    assert (first[0] == 7.0).all()
 
 
 def test_stacks_are_shared_with_the_slots() -> None:

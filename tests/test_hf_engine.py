@@ -197,6 +197,25 @@ def test_tokens_and_text_end_where_a_completion_ends(which: str, request: pytest
     assert dict(zip(SCRIPTS, shown, strict=True)) == {name: (*expected,) for name, (_, *expected) in SCRIPTS.items()}
 
 
+@pytest.mark.parametrize(
+    ("said", "repeats", "kept", "reason"),
+    [
+        ("ab1212121234", 3, "ab121212", "repetition"),
+        ("ab1212121234", 4, "ab12121212", "repetition"),
+        ("ab1212121234", 5, "ab1212121234", "length"),
+        ("aaa", 3, "aaa", "length"),  # the limit comes first, as in vLLM
+        ("abc\n", 2, "abc", "stop"),
+        ("1212\n", 3, "1212", "stop"),
+        ("1212\n", 2, "1212", "repetition"),
+    ],
+)
+def test_a_loop_ends_a_completion(engine: HfEngine, said: str, repeats: int, kept: str, reason: str) -> None:
+    sampling = Sampling(max_tokens=len(said), stop=("\n",), max_repeats=repeats)
+    with scripted(engine, [said]):
+        (found,) = engine.generate([Request(None, random_prompts(6)[0])], sampling)
+    assert (found.text, found.finish_reason) == (kept, reason)
+
+
 def test_a_stop_string_may_not_begin_in_the_prompt(engine: HfEngine) -> None:
     (ends_in_equals,) = random_prompts(6)
     prompt = (*ends_in_equals, *engine._tokenizer("=")["input_ids"])

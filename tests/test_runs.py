@@ -301,3 +301,17 @@ def test_sigterm_ends_a_run_at_once_in_one_sentence(config: Path, folder: Path) 
     _, printed = driver.communicate(timeout=30)
     assert driver.returncode == 130
     assert "es-engine: interrupted; `es-engine resume RUN` goes on from here" in printed
+
+
+@pytest.mark.vllm
+def test_an_automatic_chunk_is_settled_before_the_run_and_kept_in_its_config(folder: Path, random_llama: Path) -> None:
+    inputs = folder / "chunk-inputs"
+    inputs.mkdir()
+    config = write_config(inputs, random_llama, engine__chunk="auto", budget__generations=1)
+    run, again = folder / "chunk-run", folder / "chunk-again"
+    succeed("train", config, "--run-dir", run)
+    size = yaml.safe_load((run / "config.yaml").read_text())["engine"]["chunk"]
+    assert size in (2, 4, 8)
+    assert Ledger(run / "ledger.jsonl").generations[0]["chunks"] == [size] * (8 // size)
+    succeed("train", run / "config.yaml", "--run-dir", again)
+    assert_same_run(again, run)

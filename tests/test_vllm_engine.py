@@ -282,6 +282,15 @@ def test_prompts_prefilled_in_parts_complete_as_whole_ones(
     np.testing.assert_array_equal(parts.noise_sum(3, [5, 0, 2], [0.5, -2.0, 1.25]), expected)
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_loops_end_completions_as_in_the_reference(engine: VllmEngine, hf: HfEngine, repeats: int) -> None:
+    requests = [Request(slot, prompt) for slot in (0, 1, 2, 3) for prompt in random_prompts(*range(3, 15))]
+    sampling = Sampling(max_tokens=24, stop=("\n",), max_repeats=repeats)
+    found = texts(engine, requests, sampling)
+    assert found == texts(hf, requests, sampling)
+    assert {reason for *_, reason in found} >= {"repetition", "length"}
+
+
 @pytest.mark.parametrize("length", [1, 2], ids=["found by its tokens", "found in the text"])
 def test_a_completion_ends_before_its_stop_string(engine: VllmEngine, length: int) -> None:
     requests = uneven((0, 1, 2, 3))
@@ -378,6 +387,18 @@ def test_a_name_used_twice_would_be_answered_from_the_prefix_cache(
 
 
 # Noise
+
+
+def test_noise_drawn_ahead_is_the_noise_drawn_at_need(engine: VllmEngine) -> None:
+    members = (Member(8, 1), Member(9, -1))
+    requests = [Request(slot, prompt) for slot in (0, 1) for prompt in random_prompts(9, 20)]
+    engine.prepare(11, [8, 9])
+    found = []
+    for generation in (11, 12, 11):
+        engine.write_slots(generation, SIGMA, members)
+        found.append(np.concatenate(engine.logprobs(requests)))
+    np.testing.assert_array_equal(found[0], found[2])
+    assert not np.array_equal(found[0], found[1])
 
 
 def test_noise_sum_is_the_weighted_sum(engine: VllmEngine, hf: HfEngine, space: LoraSpace) -> None:

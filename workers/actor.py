@@ -18,18 +18,21 @@ from workers.chunks import Chunk, ChunkResult, Problem, sampling_seed
 from workers.engine import Completion, PopulationEngine, Request, Vector
 
 GIB = 1 << 30
+Ahead = tuple[int, tuple[int, ...]]  # generation, pairs
 CPU_KV_CACHE_GIB = 1.0
 """vLLM's own choice of a KV cache fails beside other processes on a CPU, where memory is nobody's alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check."""
+    """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
+    `slots` the most members in a chunk."""
 
     config: Config
     space: LoraSpace
     fingerprint: str
     canary: tuple[tuple[int, ...], ...]
+    slots: int
 
 
 class Worker:
@@ -55,15 +58,19 @@ class Worker:
         report = _run_canary(self._engine, self._setup, model, with_reference=self._index == 0)
         return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": report}
 
-    def evaluate(self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int) -> ChunkResult:
+    def evaluate(
+        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Ahead | None = None
+    ) -> ChunkResult:
         """Generate and score a chunk around theta, shape (D,); `version` names theta, so that it is taken in only
-        once."""
+        once. `ahead` is the noise that will probably be wanted next."""
         started = time.perf_counter()
         if version != self._center_version:
             self._engine.set_center(theta)
             self._center_version = version
         self._engine.write_slots(chunk.generation, chunk.sigma, chunk.members)
         written = time.perf_counter()
+        if ahead is not None:
+            self._engine.prepare(*ahead)
         failures_before = dict(self._scorer.failures)
         completions = self._generate(chunk, batch)
         generated = time.perf_counter()
@@ -105,7 +112,8 @@ class Worker:
 def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
     """The engine the config asks for, with as many slots as a chunk has members (and at least the canary's)."""
     config, engine = setup.config, setup.config.engine
-    cache_bytes = int(engine.noise_cache_gib * GIB)
+    assert engine.kind != "simulated"  # its workers make their own
+    cache_bytes = _noise_cache_bytes(setup)
     if engine.kind == "hf":
         from workers.hf_engine import HfEngine
 
@@ -116,7 +124,7 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
         model,
         setup.space,
         config.seed,
-        slots=max(2, engine.chunk),
+        slots=max(2, setup.slots),
         cache_bytes=cache_bytes,
         options=VllmOptions(
             dtype=engine.dtype,
@@ -129,6 +137,19 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
             enforce_eager=engine.enforce_eager,
         ),
     )
+
+
+def _noise_cache_bytes(setup: WorkerSetup) -> int:
+    """As configured; or room for every pair of a generation and a chunk drawn ahead, as far as this worker's share of
+    an eighth of the machine's memory goes."""
+    config = setup.config
+    assert config.engine.kind != "simulated"
+    if config.engine.noise_cache_gib is not None:
+        return int(config.engine.noise_cache_gib * GIB)
+    wanted = 4 * setup.space.dim * (config.method.population + setup.slots)
+    neighbours = max(1, (os.cpu_count() or 1) // config.pool.threads)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(wanted, memory // 8 // neighbours)
 
 
 def _device(wanted: str) -> str:
@@ -171,7 +192,7 @@ def _run_canary(engine: PopulationEngine, setup: WorkerSetup, model: Path, with_
     from workers import canary
 
     reference: PopulationEngine | None = None
-    if with_reference and setup.config.engine.kind != "hf":
+    if with_reference and setup.config.engine.kind == "vllm":
         from workers.hf_engine import HfEngine
 
         reference = HfEngine(model, setup.space, setup.config.seed, cache_bytes=0, dtype=setup.config.engine.dtype)
@@ -223,6 +244,7 @@ def _collect(
         components={name: values.reshape(final) for name, values in components.items()},
         tokens=tokens.reshape(final),
         truncated=sum(completion.finish_reason == "length" for completion in completions),
+        looped=sum(completion.finish_reason == "repetition" for completion in completions),
         prompt_tokens=sum(len(batch[place].prompt_ids) for _, place in asked),
         failures={},
         texts=[texts[slot * final[1] : (slot + 1) * final[1]] for slot in range(final[0])] if chunk.keep_text else None,

@@ -53,13 +53,17 @@ class Chunk:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN."""
+    """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN.
+
+    `truncated` counts the completions that max_tokens ended, `looped` those that max_repeats ended.
+    """
 
     rewards: Scores
     accuracy: Scores
     components: dict[str, Scores]
     tokens: Counts
     truncated: int
+    looped: int
     prompt_tokens: int
     failures: dict[str, int]
     texts: list[list[list[str]]] | None

@@ -28,13 +28,17 @@ CENTER = Member(pair=0, sign=0)
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn. At temperature 0 decoding is greedy and `samples` is 1."""
+    """How completions are drawn. At temperature 0 decoding is greedy and `samples` is 1.
+
+    A completion that has just said the same 1 to 32 tokens `max_repeats` times in a row ends there; None lets it go on.
+    """
 
     max_tokens: int
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    max_repeats: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion of request number `request`; `text` ends before the stop string, `token_ids` may include it."""
+    """One completion of request number `request`; `text` ends before the stop string, `token_ids` may include it.
+
+    `finish_reason` is `stop`, `length`, or `repetition` where `max_repeats` ended it.
+    """
 
     request: int
     sample: int
@@ -66,6 +73,10 @@ class PopulationEngine(Protocol):
 
     def write_slots(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
         """Write theta + sign*sigma*eps of each member into slot 0, 1, ..."""
+        ...
+
+    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
+        """Draw the noise of pairs in the background, as far as there is room for it."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:

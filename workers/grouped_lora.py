@@ -1,25 +1,44 @@
 """Multi-LoRA on CPU at close to the speed of the bare model.
 
-vLLM's own CPU path gathers a copy of the adapter's weights for every token. Here tokens are grouped by slot once a
-step, and each layer does two batched matrix products over slots. Where a layer packs several matrices (q, k, v),
-their slot tensors are views of one stack: A (slots, n*r, in), and B (slots, out, n*r) block-diagonal, so that a
-packed layer costs the same two products as a plain one. Tokens without an adapter are left alone (vLLM 0.32's CPU
-path gives them the last slot's).
+vLLM's own CPU path gathers a copy of the adapter's weights for every token. Here tokens are grouped by slot once, when
+their layout changes, and each layer is two matrix products over slots: batched where groups are even, in place where a
+slot's tokens are neighbours. A factor that is not trained is the same in every slot, so it is held once; where that is
+A, its product is one plain matrix product for all tokens. Where a layer packs several matrices (q, k, v), their slot
+tensors are views of one stack: A (slots, n*r, in), and B (slots, out, n*r) block-diagonal, so that a packed layer
+costs the same two products as a plain one. Tokens without an adapter are left alone (vLLM 0.32's CPU path gives them
+the last slot's).
 
-Shapes: T tokens, S slots in use, L = the longest group, n slices, r slot rank.
+Shapes: T tokens, S slots in use, L = the longest group, n slices, r slot rank, K = n*r.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
-MAX_PADDING = 1.5
-"""Groups are padded to the longest one up to this many times the tokens; past it, a matrix product a group is
-cheaper."""
+Factor = Literal["A", "B"]
+
+LONG_RUN = 32
+"""Mean length of the runs of a slot's tokens from which a product a run, in place, is cheaper than gathering tokens."""
+MAX_PADDING = 2.5
+"""Groups are padded to the longest one up to this many times the tokens; past it, a product a group is cheaper."""
+
+
+class Layout(Protocol):
+    """Where each slot's tokens are in the batch."""
+
+    def shrink(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """A[slot] x, (T, K), for x (T, in) and A (slots, K, in); rows without an adapter may hold anything."""
+        ...
+
+    def add(self, y: torch.Tensor, shrunk: torch.Tensor, b: torch.Tensor) -> None:
+        """y (T, out) += B[slot] shrunk, in place, for shrunk (T, K) and B (slots, out, K)."""
+        ...
 
 
 class GroupedLoraWrapper(PunicaWrapperCPU):
@@ -28,13 +47,12 @@ class GroupedLoraWrapper(PunicaWrapperCPU):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.groups: list[tuple[int, torch.Tensor]] = []
-        self.padded: Padded | None = None
+        self.layout: Layout | None = None
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
+        """vLLM calls it before a step, where the step's tokens are not laid out as those of the last one."""
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
-        self.groups = group_by_slot(self.token_lora_indices)
-        self.padded = pad_groups(self.groups)
+        self.layout = lay_out(self.token_lora_indices)
 
     def add_lora_linear(
         self,
@@ -53,58 +71,115 @@ class GroupedLoraWrapper(PunicaWrapperCPU):
         if stack is None:  # vLLM's profiling run, before the slots are claimed
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
             return
-        a, b = stack
         assert scale == 1.0
-        if self.padded is not None:
-            _add_padded(y, x, a, b, self.padded)
-            return
-        for slot, rows in self.groups:
-            y.index_add_(0, rows, (x[rows] @ a[slot].T) @ b[slot].T)
+        if self.layout is not None:
+            a, b = stack
+            self.layout.add(y, x @ a[0].T if _is_shared(a) else self.layout.shrink(x, a), b)
 
 
-class Padded:
-    """Groups laid out as a rectangle: slots [first, first + S), L rows each, short groups filled up with their first
-    row."""
+@dataclass(frozen=True, slots=True)
+class Even:
+    """As many neighbouring tokens in each of neighbouring slots: rows [start, start + S*L), slots [first, first+S)."""
 
-    def __init__(self, groups: list[tuple[int, torch.Tensor]], length: int) -> None:
-        self.first, self.count, self.length = groups[0][0], len(groups), length
-        self.even = all(len(rows) == length for _, rows in groups)
-        filled = [torch.cat([rows, rows[:1].expand(length - len(rows))]) for _, rows in groups]
-        self.rows = torch.cat(filled)
-        self.sorted = self.even and bool((self.rows == torch.arange(len(self.rows))).all())
-        lengths = torch.tensor([len(rows) for _, rows in groups])
-        self.real = (torch.arange(length) < lengths[:, None]).flatten().nonzero().squeeze(1)
+    start: int
+    first: int
+    count: int
+    length: int
+
+    def shrink(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        shrunk = x.new_empty(len(x), a.shape[1])
+        torch.bmm(self._grouped(x), self._used(a), out=self._grouped(shrunk))
+        return shrunk
+
+    def add(self, y: torch.Tensor, shrunk: torch.Tensor, b: torch.Tensor, *, beta: int = 1) -> None:
+        self._grouped(y).baddbmm_(self._grouped(shrunk), self._used(b), beta=beta)
+
+    def _grouped(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+
+    def _used(self, stack: torch.Tensor) -> torch.Tensor:
+        return stack[self.first : self.first + self.count].mT
 
 
-def group_by_slot(slots: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The rows of each slot that has any, as (slot, ascending rows), for the slots (T,) of a step's tokens; -1 is
-    none."""
-    order = torch.argsort(slots, stable=True)
-    found, counts = torch.unique_consecutive(slots[order], return_counts=True)
-    groups = zip(found.tolist(), order.split(counts.tolist()), strict=True)
-    return [(slot, rows) for slot, rows in groups if slot >= 0]
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs of neighbouring tokens of a slot, as (slot, rows); a slot may have several."""
+
+    runs: list[tuple[int, slice]]
+
+    def shrink(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        shrunk = x.new_empty(len(x), a.shape[1])
+        for slot, rows in self.runs:
+            torch.mm(x[rows], a[slot].T, out=shrunk[rows])
+        return shrunk
+
+    def add(self, y: torch.Tensor, shrunk: torch.Tensor, b: torch.Tensor, *, beta: int = 1) -> None:
+        for slot, rows in self.runs:
+            y[rows].addmm_(shrunk[rows], b[slot].T, beta=beta)
 
 
-def pad_groups(groups: list[tuple[int, torch.Tensor]]) -> Padded | None:
-    """A rectangle of neighbouring slots, or None where it would waste more than `MAX_PADDING` allows."""
-    if not groups or groups[-1][0] - groups[0][0] != len(groups) - 1:
+class Gathered:
+    """Tokens in any order, brought together by slot: `inner` lays them out, `source` (G,) are their rows, `real` those
+    of the G that are no padding, and `place` (T,) says where among the G each token is that has an adapter."""
+
+    def __init__(self, inner: Even | Runs, source: torch.Tensor, real: torch.Tensor, tokens: int) -> None:
+        self.inner, self.source, self.real = inner, source, real
+        self.adapted = source[real]
+        self.place = torch.zeros(tokens, dtype=torch.int64)
+        self.place[self.adapted] = real
+
+    def shrink(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return self.inner.shrink(x.index_select(0, self.source), a).index_select(0, self.place)
+
+    def add(self, y: torch.Tensor, shrunk: torch.Tensor, b: torch.Tensor) -> None:
+        delta = y.new_empty(len(self.source), y.shape[1])
+        self.inner.add(delta, shrunk.index_select(0, self.source), b, beta=0)
+        if len(self.adapted) == len(y):
+            y.add_(delta.index_select(0, self.place))
+        else:
+            y.index_add_(0, self.adapted, delta.index_select(0, self.real))
+
+
+def lay_out(slots: torch.Tensor) -> Layout | None:
+    """The cheapest layout for the slots (T,) of a step's tokens, -1 for none; None where none has an adapter."""
+    runs = _runs(slots)
+    if not runs:
         return None
-    longest = max(len(rows) for _, rows in groups)
-    tokens = sum(len(rows) for _, rows in groups)
-    return Padded(groups, longest) if longest * len(groups) <= MAX_PADDING * tokens else None
+    tokens = sum(rows.stop - rows.start for _, rows in runs)
+    if _is_even(runs):
+        first, rows = runs[0]
+        return Even(rows.start, first, len(runs), rows.stop - rows.start)
+    if tokens >= LONG_RUN * len(runs):
+        return Runs(runs)
+    return _gather(slots)
 
 
-def _add_padded(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Padded) -> None:
-    used = slice(layout.first, layout.first + layout.count)
-    grouped = x[: len(layout.rows)] if layout.sorted else x.index_select(0, layout.rows)
-    shrunk = torch.bmm(grouped.view(layout.count, layout.length, -1), a[used].transpose(1, 2))
-    delta = torch.bmm(shrunk, b[used].transpose(1, 2)).flatten(0, 1)
-    if layout.sorted:
-        y[: len(delta)].add_(delta)
-    elif layout.even:
-        y.index_add_(0, layout.rows, delta)
-    else:
-        y.index_add_(0, layout.rows[layout.real], delta[layout.real])
+def _runs(slots: torch.Tensor) -> list[tuple[int, slice]]:
+    found, counts = torch.unique_consecutive(slots, return_counts=True)
+    bounds = [0, *counts.cumsum(0).tolist()]
+    return [(slot, slice(*rows)) for slot, rows in zip(found.tolist(), pairwise(bounds), strict=True) if slot >= 0]
+
+
+def _is_even(runs: list[tuple[int, slice]]) -> bool:
+    length = runs[0][1].stop - runs[0][1].start
+    return all(
+        rows.stop - rows.start == length and rows.start == before.stop and slot == slot_before + 1
+        for (slot_before, before), (slot, rows) in pairwise(runs)
+    )
+
+
+def _gather(slots: torch.Tensor) -> Gathered:
+    order = torch.argsort(slots, stable=True)
+    order = order[slots[order] >= 0]
+    first = int(slots[order[0]])
+    counts = torch.bincount(slots[order] - first)
+    longest = int(counts.max())
+    if longest * len(counts) > MAX_PADDING * len(order):
+        return Gathered(Runs(_runs(slots[order])), order, torch.arange(len(order)), len(slots))
+    real = (torch.arange(longest) < counts[:, None]).flatten().nonzero().squeeze(1)
+    source = torch.zeros(longest * len(counts), dtype=torch.int64)  # padding is row 0, whose result nobody reads
+    source[real] = order
+    return Gathered(Even(0, first, len(counts), longest), source, real, len(slots))
 
 
 def install() -> None:
@@ -114,22 +189,22 @@ def install() -> None:
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: qualified)
 
 
-def stack_slots(manager: Any) -> None:
+def stack_slots(manager: Any, shared: Factor | None = None) -> None:
     """Re-bind the slot tensors of every layer as views of one A and one B stack, all zero, known to the layer's
-    wrapper."""
+    wrapper. The `shared` factor is one for all slots: what is written to any slot is in all of them."""
     for layer in manager.modules.values():
         wrapper = getattr(layer, "punica_wrapper", None)
         if isinstance(wrapper, GroupedLoraWrapper):
-            a, b = _stack_layer(layer)
+            a, b = _stack_layer(layer, shared)
             wrapper.stacks[a.data_ptr()] = a, b
 
 
-def _stack_layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack_layer(layer: Any, shared: Factor | None) -> tuple[torch.Tensor, torch.Tensor]:
     slots, _, rank, fan_in = layer.lora_a_stacked[0].shape
     outs = [part.shape[2] for part in layer.lora_b_stacked]
     parts = len(outs)
-    a = layer.lora_a_stacked[0].new_zeros(slots, parts * rank, fan_in)
-    b = layer.lora_b_stacked[0].new_zeros(slots, sum(outs), parts * rank)
+    a = layer.lora_a_stacked[0].new_zeros(1 if shared == "A" else slots, parts * rank, fan_in).expand(slots, -1, -1)
+    b = layer.lora_b_stacked[0].new_zeros(1 if shared == "B" else slots, sum(outs), parts * rank).expand(slots, -1, -1)
     starts = [sum(outs[:part]) for part in range(parts)]
     ranks = [slice(part * rank, (part + 1) * rank) for part in range(parts)]
     layer.lora_a_stacked = tuple(a[:, None, ranks[part]] for part in range(parts))
@@ -137,3 +212,7 @@ def _stack_layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         b[:, None, starts[part] : starts[part] + outs[part], ranks[part]] for part in range(parts)
     )
     return a, b
+
+
+def _is_shared(stack: torch.Tensor) -> bool:
+    return stack.stride(0) == 0

@@ -15,7 +15,7 @@ from es_engine.spaces.lora import LoraSpace
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.perturbation import Perturber
 from workers.prompts import load_tokenizer
-from workers.stops import cut_at_stop
+from workers.stops import cut_at_stop, first_loop
 
 
 class HfEngine:
@@ -58,6 +58,10 @@ class HfEngine:
         self._thetas = [self._perturber.theta(generation, sigma, member) for member in members]
 
     @torch.inference_mode()
+    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
+        """Draw the noise of pairs in the background, as far as there is room for it."""
+        self._perturber.prepare(generation, pairs)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, a padded batch for each slot; a batch is seeded by its first request."""
         numbered = list(enumerate(requests))
@@ -86,18 +90,22 @@ class HfEngine:
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 pad_token_id=self._tokenizer.pad_token_id,
-                stopping_criteria=[self._stopped(start, sampling.stop)],
+                stopping_criteria=[self._stopped(start, sampling)],
                 **_generation_arguments(sampling),
             )
         for row, ids in enumerate(output[:, start:].tolist()):
             yield self._completion(requests[row // sampling.samples][0], row % sampling.samples, ids, sampling)
 
-    def _stopped(self, start: int, stops: Sequence[str]) -> Callable[..., torch.Tensor]:
-        """Tells rows whose completion holds a stop string; transformers' own criterion also finds one that begins in
-        the prompt."""
+    def _stopped(self, start: int, sampling: Sampling) -> Callable[..., torch.Tensor]:
+        """Tells rows whose completion holds a stop string (transformers' own criterion also finds one that begins in
+        the prompt) or a loop."""
 
         def stopped(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.tensor([self._holds_stop(row, stops) for row in ids[:, start:].tolist()], device=ids.device)
+            ended = [
+                self._holds_stop(row, sampling.stop) or _loop(row, sampling) is not None
+                for row in ids[:, start:].tolist()
+            ]
+            return torch.tensor(ended, device=ids.device)
 
         return stopped
 
@@ -109,12 +117,16 @@ class HfEngine:
         cut = cut_at_stop(text, sampling.stop)
         if cut != text:  # up to the token that completes the first stop string
             kept = kept[: bisect_left(range(len(kept)), True, key=lambda n: self._holds_stop(kept[:n], sampling.stop))]
+        stopped = end is not None or cut != text
+        loop = _loop(kept, sampling)
+        if loop is not None and (loop < len(kept) or (not stopped and loop < sampling.max_tokens)):
+            return Completion(request, sample, self._text(kept[:loop]), tuple(kept[:loop]), "repetition")
         return Completion(
             request=request,
             sample=sample,
             text=cut,
             token_ids=tuple(kept),
-            finish_reason="length" if end is None and cut == text else "stop",
+            finish_reason="stop" if stopped else "length",
         )
 
     def _holds_stop(self, ids: list[int], stops: Sequence[str]) -> bool:
@@ -141,6 +153,10 @@ class HfEngine:
             layer = self._model.get_submodule(f"base_model.model.{name}")
             for factor, values in ((layer.lora_A, pair.a), (layer.lora_B, pair.b)):
                 factor["default"].weight.data.copy_(torch.from_numpy(values))
+
+
+def _loop(ids: Sequence[int], sampling: Sampling) -> int | None:
+    return None if sampling.max_repeats is None else first_loop(ids, sampling.max_repeats)
 
 
 def _generation_arguments(sampling: Sampling) -> dict[str, Any]:

@@ -6,25 +6,29 @@ no state of the run.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from es_engine.config import Config
+from es_engine.config import Config, SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
+from workers.simulated_engine import SimulatedWorkers
 
 TICK_S = 1.0
 NOTICE_S = 60.0
+NOTICES = 8  # at once: a screen, not hundreds of lines
 KNOCK_S = 10.0
 DEATHS = (ActorDiedError, ActorUnavailableError, ObjectLostError, WorkerCrashedError)
 PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
@@ -42,11 +46,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker runs: a node and, on CPU, some of the cores its processes may use."""
+    """Where a worker runs: a node and, on CPU, some of the cores its processes may use.
+
+    Workers with the same number `shared` are threads of one process and take no CPU; None is a process of its own.
+    """
 
     node: str
-    cores: tuple[int, ...] | None
-    gpus: int
+    cores: tuple[int, ...] | None = None
+    gpus: int = 0
+    shared: int | None = None
 
 
 @dataclass(slots=True)
@@ -63,14 +71,32 @@ class _Seat:
     failed_starts: int = 0
 
 
-@dataclass(slots=True)
 class _Round:
-    """The calls of one `run` and how far they are."""
+    """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
+    by the worker they prefer."""
 
-    calls: Sequence[Call]
-    waiting: list[int]
-    results: dict[int, Any] = field(default_factory=dict)
-    deaths: Counter[int] = field(default_factory=Counter)
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.waiting: defaultdict[int | None, deque[int]] = defaultdict(deque)
+        self.results: dict[int, Any] = {}
+        self.deaths: Counter[int] = Counter()
+        for number, call in enumerate(calls):
+            self.waiting[call.preferred].append(number)
+
+    def take(self, worker: int, alive: AbstractSet[int | None]) -> int | None:
+        """Take out the first waiting call that prefers this worker, or else that no living worker is preferred for."""
+        candidates = [worker] if worker in self.waiting else [other for other in self.waiting if other not in alive]
+        if not candidates:
+            return None
+        preferred = min(candidates, key=lambda other: self.waiting[other][0])
+        number = self.waiting[preferred].popleft()
+        if not self.waiting[preferred]:
+            del self.waiting[preferred]
+        return number
+
+    def put_back(self, number: int) -> None:
+        """Have a call given out again, before the others that prefer the same worker."""
+        self.waiting[self.calls[number].preferred].appendleft(number)
 
 
 class Pool:
@@ -88,6 +114,7 @@ class Pool:
         try:
             self._threads = self._config.threads
             self._setup = ray.put(setup)
+            self._shared: dict[int, Any] = {}
             self._seats = [_Seat(index, place) for index, place in enumerate(plan_places(setup.config))]
             for seat in self._seats:
                 self._start(seat)
@@ -95,6 +122,11 @@ class Pool:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def size(self) -> int:
+        """The number of workers."""
+        return len(self._seats)
 
     def put(self, value: Any) -> Any:
         """Share a value with all workers; pass what comes back as a call's argument."""
@@ -105,7 +137,7 @@ class Pool:
 
         An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers.
         """
-        todo = _Round(calls, list(range(len(calls))))
+        todo = _Round(calls)
         while len(todo.results) < len(calls):
             self._give_work(todo)
             tasks = [seat.task for seat in self._seats if seat.task is not None]
@@ -130,15 +162,34 @@ class Pool:
         self.close()
 
     def _start(self, seat: _Seat) -> None:
-        options = {
-            "num_cpus": self._threads,
-            "num_gpus": seat.place.gpus,
+        seat.actor = self._process(seat)
+        self._send(seat, "start")
+        seat.call = None
+
+    def _process(self, seat: _Seat) -> Any:
+        """A new process for a worker or, where several share one, the one its fellows have moved to."""
+        place = seat.place
+        options: dict[str, Any] = {
+            "num_cpus": self._threads if place.shared is None else 0,
+            "num_gpus": place.gpus,
             "max_restarts": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(seat.place.node, soft=False),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False),
             "runtime_env": {"env_vars": _environment(self._threads)},
         }
-        seat.actor = ray.remote(Worker).options(**options).remote(self._setup, seat.index, seat.place.cores)
-        seat.task, seat.call = seat.actor.start.remote(), None
+        if place.shared is None:
+            return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores)
+        if self._shared.get(place.shared) is seat.actor:  # none yet, or the one that died under this worker
+            threads = sum(other.place.shared == place.shared for other in self._seats)
+            processes = ray.remote(SimulatedWorkers).options(**options, max_concurrency=threads)
+            self._shared[place.shared] = processes.remote(self._setup)
+        return self._shared[place.shared]
+
+    def _send(self, seat: _Seat, method: str, *arguments: Any) -> None:
+        """Have a worker that does nothing begin with something."""
+        if seat.place.shared is None:
+            seat.task = getattr(seat.actor, method).remote(*arguments)
+        else:
+            seat.task = seat.actor.carry_out.remote(seat.index, method, *arguments)
         seat.since = seat.noticed = time.monotonic()
 
     def _wait_for_start(self) -> list[dict[str, Any]]:
@@ -156,24 +207,14 @@ class Pool:
         return [described[index] for index in range(len(self._seats))]
 
     def _give_work(self, todo: _Round) -> None:
+        if not todo.waiting:
+            return
+        alive = {seat.index for seat in self._seats if seat.call is not None or seat.task is None}
         for seat in self._seats:
-            if seat.task is None:
-                number = self._pick(seat, todo)
-                if number is not None:
-                    todo.waiting.remove(number)
-                    call = todo.calls[number]
-                    seat.task = getattr(seat.actor, call.method).remote(*call.arguments)
-                    seat.call = number
-                    seat.since = seat.noticed = time.monotonic()
-
-    def _pick(self, seat: _Seat, todo: _Round) -> int | None:
-        """The first waiting call that prefers this worker, or else that no other living worker is preferred for."""
-        alive = {other.index for other in self._seats if other.call is not None or other.task is None}
-        for wanted in (lambda best: best == seat.index, lambda best: best not in alive):
-            for number in todo.waiting:
-                if wanted(todo.calls[number].preferred):
-                    return number
-        return None
+            if seat.task is None and (number := todo.take(seat.index, alive)) is not None:
+                call = todo.calls[number]
+                self._send(seat, call.method, *call.arguments)
+                seat.call = number
 
     def _take_result(self, seat: _Seat, todo: _Round) -> None:
         number = seat.call
@@ -215,11 +256,12 @@ class Pool:
             raise RuntimeError(
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers; pool.retries allows no more"
             )
-        todo.waiting.insert(0, number)
+        todo.put_back(number)
 
     def _watch(self, todo: _Round | None) -> None:
         """Say what is being waited for, and replace workers that exceed their time."""
         now = time.monotonic()
+        overdue = []
         for seat in self._seats:
             if seat.task is None:
                 continue
@@ -232,7 +274,11 @@ class Pool:
                     self._retry(number, todo)
             elif now - seat.noticed > NOTICE_S:
                 seat.noticed = now
-                self._notify(f"waiting {now - seat.since:.0f} s for {what} on worker {seat.index}")
+                overdue.append(f"waiting {now - seat.since:.0f} s for {what} on worker {seat.index}")
+        for notice in overdue[:NOTICES]:
+            self._notify(notice)
+        if len(overdue) > NOTICES:
+            self._notify(f"and as long for {len(overdue) - NOTICES} other workers")
 
 
 def connect(address: str | None) -> bool:
@@ -274,10 +320,14 @@ def _knock(address: str) -> None:
 def plan_places(config: Config) -> list[Place]:
     """A place for every worker, node by node. Raises ValueError if the cluster has too few CPUs or GPUs."""
     pool = config.pool
-    nodes = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = sorted((node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"])
+    if isinstance(config.engine, SimulatedEngineConfig):
+        cpus = sum(int(resources.get("CPU", 0)) for _, resources in nodes)
+        workers = max(1, cpus // pool.threads) if pool.workers == "auto" else pool.workers
+        return _shared_places([node for node, _ in nodes], workers, config.engine.workers_per_process)
     on_gpu = _uses_gpus(config) and any(resources.get("GPU", 0) >= 1 for _, resources in nodes)
     places = []
-    for node, resources in sorted(nodes):
+    for node, resources in nodes:
         by_cpu = int(resources.get("CPU", 0)) // pool.threads
         room = min(by_cpu, int(resources.get("GPU", 0)) // pool.tensor_parallel) if on_gpu else by_cpu
         for seat in range(room):
@@ -288,6 +338,12 @@ def plan_places(config: Config) -> list[Place]:
         kind = f"{pool.tensor_parallel} GPU(s)" if on_gpu else f"{pool.threads} CPU(s)"
         raise ValueError(f"pool.workers: the cluster has room for {len(places)} workers of {kind} each, not {wanted}")
     return places[:wanted]
+
+
+def _shared_places(nodes: Sequence[str], workers: int, per_process: int) -> list[Place]:
+    """Places for workers that only sleep, dealt out evenly to as few processes as hold them."""
+    processes = math.ceil(workers / per_process)
+    return [Place(nodes[worker % processes % len(nodes)], shared=worker % processes) for worker in range(workers)]
 
 
 def _uses_gpus(config: Config) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.prompts import load_tokenizer
-from workers.stops import cut_at_stop, stop_tokens
+from workers.stops import LOOPS, cut_at_stop, stop_tokens
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM allocates slots for; a LoRA of another rank is padded with zeros to the next."""
@@ -62,6 +62,10 @@ class VllmEngine:
         self._writes += 1
         # vLLM's prefix cache keys adapters by name: new contents need a name that was never used.
         self._names = [f"write-{self._writes}-slot-{slot}" for slot in range(len(members))]
+
+    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
+        """Draw the noise of pairs in the background, as far as there is room for it."""
+        self._rpc("es_prepare_noise", generation, list(pairs))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, each as soon as it is done; the order of requests decides the batches."""
@@ -169,8 +173,11 @@ def _prompt(request: Request) -> Any:
 def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None) -> Any:
     """`ends` are the tokens of the stop strings; None leaves the search for them, in the text, to vLLM."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
+    loops = None
+    if sampling.max_repeats is not None:
+        loops = RepetitionDetectionParams(max(LOOPS), min(LOOPS), sampling.max_repeats)
     return SamplingParams(
         n=sampling.samples,
         max_tokens=sampling.max_tokens,
@@ -179,6 +186,7 @@ def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None
         stop=list(sampling.stop) if ends is None else None,
         stop_token_ids=list(ends) if ends else None,
         detokenize=ends is None,
+        repetition_detection=loops,
         seed=seed if sampling.temperature > 0 else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

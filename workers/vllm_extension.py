@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from es_engine.spaces.lora import LoraSpace, Placement
+from es_engine.spaces.lora import Factor, LoraSpace, Placement, Train
 from workers import grouped_lora
 from workers.engine import Member, Vector
 from workers.perturbation import Perturber
@@ -41,7 +41,7 @@ class SlotExtension:
         """Claim all slots for good and write the factors that are not trained."""
         _claim_slots(self.model_runner.lora_manager, slots)
         manager = self.model_runner.lora_manager._adapter_manager
-        grouped_lora.stack_slots(manager)
+        grouped_lora.stack_slots(manager, shared=_untrained(space))
         self._es_space = space
         self._es_slots = slots
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
@@ -63,6 +63,10 @@ class SlotExtension:
             theta = self._es_perturber.theta(generation, sigma, member, out=self._es_scratch.numpy())
             self._es_write(slot, torch.from_numpy(theta))
 
+    def es_prepare_noise(self, generation: int, pairs: Sequence[int]) -> None:
+        """Draw the noise of pairs in the background, as far as there is room for it."""
+        self._es_perturber.prepare(generation, pairs)
+
     def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair), shape (D,)."""
         return self._es_perturber.noise_sum(generation, pairs, weights)
@@ -75,6 +79,12 @@ class SlotExtension:
 
     def _slot_scale(self, place: Placement) -> float:
         return place.scale * (self._es_space.scaling if place.factor == "B" else 1.0)
+
+
+def _untrained(space: LoraSpace) -> Factor | None:
+    """The factor that all members have in common."""
+    untrained: dict[Train, Factor] = {"A": "B", "B": "A"}
+    return untrained.get(space.train)
 
 
 def _claim_slots(worker_manager: Any, slots: int) -> None:

@@ -2,7 +2,7 @@
 
 from es_engine.config.base import ConfigError
 from es_engine.config.budget import BudgetConfig
-from es_engine.config.engine import EngineConfig, HfEngineConfig, VllmEngineConfig
+from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.loading import dump_config, load_config, parse_config
 from es_engine.config.method import EsMethodConfig
@@ -36,6 +36,7 @@ __all__ = [
     "PretrainedModelConfig",
     "Schedule",
     "SgdConfig",
+    "SimulatedEngineConfig",
     "TelemetryConfig",
     "TinyModelConfig",
     "VllmEngineConfig",

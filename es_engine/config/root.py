@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from es_engine.config.base import ConfigModel, Seed, problem
 from es_engine.config.budget import BudgetConfig
-from es_engine.config.engine import EngineConfig, HfEngineConfig, VllmEngineConfig
+from es_engine.config.engine import EngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.method import EsMethodConfig
 from es_engine.config.model import ModelConfig
@@ -52,15 +52,16 @@ class Config(ConfigModel):
 
     @model_validator(mode="after")
     def _pairs_stay_in_one_chunk(self) -> Self:
-        if self.method.mirrored and self.engine.chunk % 2:
+        if self.method.mirrored and self.engine.chunk != "auto" and self.engine.chunk % 2:
             raise problem("engine.chunk", self.engine.chunk, "an even number while method.mirrored is true")
         return self
 
     @model_validator(mode="after")
     def _engine_can_run_it(self) -> Self:
-        if isinstance(self.engine, HfEngineConfig):
+        if not isinstance(self.engine, VllmEngineConfig):
             if self.pool.tensor_parallel > 1:
-                raise problem("pool.tensor_parallel", self.pool.tensor_parallel, "1 while engine.kind is hf")
+                accepted = f"1 while engine.kind is {self.engine.kind}"
+                raise problem("pool.tensor_parallel", self.pool.tensor_parallel, accepted)
             return self
         if self.space.rank > VLLM_MAX_RANK:
             raise problem("space.rank", self.space.rank, f"at most {VLLM_MAX_RANK} while engine.kind is vllm")

@@ -6,14 +6,15 @@ which is sigma^2 times the usual gradient estimate. In these units a learning ra
 weighted mean of the perturbations, whatever sigma is.
 
 The sum is taken chunk by chunk by the workers that hold the noise and added here in chunk order, so that it does not
-depend on who evaluated what, and N x D numbers are never in one place. Shapes: N members, P prompts, D = len(theta).
+depend on who evaluated what. A few sums at a time are asked for, added and dropped, so that neither N x D numbers nor
+the sums of all chunks are ever in one place. Shapes: N members, P prompts, D = len(theta).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,9 +31,15 @@ from workers.pool import Call
 Array = npt.NDArray[np.float64]
 NoiseSum = Callable[[int, Sequence[int], Sequence[float]], Vector]
 
+SUMS_AT_A_TIME = 8
+"""Chunks' noise sums in the driver and in Ray's object store at once, of 4 D bytes each."""
+
 
 class CallRunner(Protocol):
-    """What a method needs of the pool."""
+    """What a method needs of the pool; `size` is the number of workers."""
+
+    @property
+    def size(self) -> int: ...
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls; the results in their order."""
@@ -54,12 +61,12 @@ class Estimate:
 class EvolutionStrategies:
     """The `es` method: rewards of a perturbed population to a direction."""
 
-    def __init__(self, config: EsMethodConfig, *, chunk: int, max_tokens: int, stop: tuple[str, ...]) -> None:
+    def __init__(self, config: EsMethodConfig, *, chunk: int, sampling: Sampling) -> None:
         assert not (config.mirrored and chunk % 2), "a mirrored pair lies in one chunk"
         self.config = config
         self.batch_size = populations.batch_size(config)
-        self._chunk = chunk
-        self._sampling = Sampling(max_tokens, config.samples, config.temperature, config.top_p, stop)
+        self.chunk = chunk
+        self._sampling = sampling
 
     def estimate(
         self, pool: CallRunner, theta: Any, version: int, batch: Sequence[Problem], generation: int, sigma: float
@@ -67,18 +74,19 @@ class EvolutionStrategies:
         """Evaluate a generation around theta (as the pool shares it) and combine its noise into a direction."""
         started = time.perf_counter()
         chunks = self.chunks(generation, sigma)
-        results = evaluate(pool, chunks, pool.put(list(batch)), theta, version)
+        after = self.chunks(generation + 1, sigma)
+        results = evaluate(pool, chunks, pool.put(list(batch)), theta, version, after)
         evaluated = time.perf_counter()
         record = _record(chunks, results, batch, sigma)
         workers = [result.worker for result in results]
 
-        def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> list[Vector]:
-            return pool.run(
-                [
-                    Call(f"the noise of {chunk}", "noise_sum", (generation, chunk.pairs, weights), workers[chunk.index])
-                    for chunk, weights in jobs
-                ]
-            )
+        def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
+            calls = [
+                Call(f"the noise of {chunk}", "noise_sum", (generation, chunk.pairs, weights), workers[chunk.index])
+                for chunk, weights in jobs
+            ]
+            for first in range(0, len(calls), SUMS_AT_A_TIME):
+                yield from pool.run(calls[first : first + SUMS_AT_A_TIME])
 
         direction = self._combine(chunks, record, sigma, noise_sums)
         record["times"]["rollouts"] = evaluated - started
@@ -94,15 +102,17 @@ class EvolutionStrategies:
             chunks,
             record,
             sigma,
-            lambda jobs: [noise_sum(generation, chunk.pairs, weights) for chunk, weights in jobs],
+            lambda jobs: (noise_sum(generation, chunk.pairs, weights) for chunk, weights in jobs),
         )
 
     def with_population(self, size: int) -> EvolutionStrategies:
         """The same method with `size` members that all answer the same prompts."""
         config = self.config.model_copy(update={"population": size, "sharing": "population"})
-        return EvolutionStrategies(
-            config, chunk=self._chunk, max_tokens=self._sampling.max_tokens, stop=self._sampling.stop
-        )
+        return EvolutionStrategies(config, chunk=self.chunk, sampling=self._sampling)
+
+    def with_chunk(self, size: int) -> EvolutionStrategies:
+        """The same method with `size` members in a chunk."""
+        return EvolutionStrategies(self.config, chunk=size, sampling=self._sampling)
 
     def chunks(self, generation: int, sigma: float) -> list[Chunk]:
         """The generation's chunks: a function of the config alone, not of the workers."""
@@ -110,7 +120,7 @@ class EvolutionStrategies:
         return populations.chunks(
             populations.members(count, self.config.mirrored),
             [populations.places(self.config, member) for member in range(count)],
-            size=self._chunk,
+            size=self.chunk,
             generation=generation,
             sigma=sigma,
             sampling=self._sampling,
@@ -121,7 +131,7 @@ class EvolutionStrategies:
         chunks: Sequence[Chunk],
         record: dict[str, Any],
         sigma: float,
-        noise_sums: Callable[[Sequence[tuple[Chunk, list[float]]]], list[Vector]],
+        noise_sums: Callable[[Sequence[tuple[Chunk, list[float]]]], Iterable[Vector]],
     ) -> Vector | None:
         everyone = [member for chunk in chunks for member in chunk.members]
         rewards = whole_pairs(np.array(record["rewards"], dtype=np.float64), everyone)
@@ -131,8 +141,8 @@ class EvolutionStrategies:
         by_pair: defaultdict[int, float] = defaultdict(float)
         for member, weight in zip(everyone, weights.tolist(), strict=True):
             by_pair[member.pair] += member.sign * weight
-        sums = noise_sums([(chunk, [by_pair[pair] for pair in chunk.pairs]) for chunk in chunks])
-        total = np.zeros_like(sums[0])
+        sums = iter(noise_sums([(chunk, [by_pair[pair] for pair in chunk.pairs]) for chunk in chunks]))
+        total = np.float32(0) + next(sums)  # a copy: what workers send is read only
         for chunk_sum in sums:
             total += chunk_sum
         present = int((~np.isnan(shaping.fitness(rewards))).sum())
@@ -140,9 +150,22 @@ class EvolutionStrategies:
         return total
 
 
-def evaluate(pool: CallRunner, chunks: Sequence[Chunk], batch: Any, theta: Any, version: int) -> list[ChunkResult]:
-    """Have chunks evaluated around theta; the results in the order of the chunks."""
-    return pool.run([Call(str(chunk), "evaluate", (chunk, batch, theta, version)) for chunk in chunks])
+def evaluate(
+    pool: CallRunner, chunks: Sequence[Chunk], batch: Any, theta: Any, version: int, upcoming: Sequence[Chunk] = ()
+) -> list[ChunkResult]:
+    """Have chunks evaluated around theta; the results in the order of the chunks.
+
+    `upcoming` will be evaluated after them. A worker is told which chunk it will probably be given next, the one as
+    many places on as there are workers, so that it can draw that noise while it generates.
+    """
+    following = [*chunks, *upcoming][pool.size :]
+    notes = [(chunk.generation, chunk.pairs) for chunk in following] + [None] * pool.size
+    return pool.run(
+        [
+            Call(str(chunk), "evaluate", (chunk, batch, theta, version, ahead))
+            for chunk, ahead in zip(chunks, notes, strict=False)
+        ]
+    )
 
 
 def whole_pairs(rewards: Array, members: Sequence[Member]) -> Array:
@@ -178,6 +201,7 @@ def _record(
         "tokens": int(sum(result.tokens.sum() for result in results)),
         "prompt_tokens": sum(result.prompt_tokens for result in results),
         "truncated": sum(result.truncated for result in results),
+        "looped": sum(result.looped for result in results),
         "failures": dict(sorted(failures.items())),
         "times": _phase_times(results),
     }
