@@ -143,7 +143,19 @@ class Bare:
 
     def generate(self, load: Load, members: int) -> None:
         """Answer the whole load; `members` share it evenly."""
-        self.answer(self.prompts(load), [None] * load.sequences, load.new)
+        self.answer(self.prompts(load), [None] * load.sequences, _exactly(load.new))
+
+    def take_on(self, problems: Sequence[Any], sampling: Any, verifier: Any) -> None:
+        """Get ready for whole generations in which every member answers these problems."""
+        from workers.prompts import load_tokenizer
+        from workers.scoring import Scorer
+        from workers.stops import stop_tokens
+        from workers.vllm_engine import _sampling_params
+
+        self.problems, self.sampling = problems, sampling
+        self.tokenizer = load_tokenizer(self.setup.model)
+        self.params = _sampling_params(sampling, 0, stop_tokens(self.tokenizer, sampling.stop))
+        self.scorer = Scorer(verifier)
 
     def prompts(self, load: Load) -> list[list[int]]:
         import numpy as np
@@ -151,32 +163,46 @@ class Bare:
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         return np.random.default_rng(0).integers(4, vocabulary, (load.sequences, load.prompt)).tolist()
 
-    def answer(self, prompts: Sequence[list[int]], loras: Sequence[Any], new: int) -> list[tuple[int, ...]]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=new,
-            temperature=0.0,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+    def answer(self, prompts: Sequence[Sequence[int]], loras: Sequence[Any], params: Any) -> list[tuple[int, ...]]:
         engine = self.llm.llm_engine
         self.llm.reset_prefix_cache()  # else the next round is not the same work
         for number, (prompt, lora) in enumerate(zip(prompts, loras, strict=True)):
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, params, lora_request=lora)
+            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
         answers = {}
         while engine.has_unfinished_requests():
             answers.update({output.request_id: tuple(output.outputs[0].token_ids) for output in engine.step()})
-        assert all(len(answer) == new for answer in answers.values())
         return [answers[str(number)] for number in range(len(prompts))]
 
-    def member(self, number: int) -> Any:
-        """theta of a member that never was, shape (D,)."""
-        from workers.engine import Member
+    def theta(self, member: Any) -> Any:
+        """A member's theta, shape (D,)."""
+        return self.perturber.theta(self.generation, SIGMA, member)
 
-        return self.perturber.theta(self.generation, SIGMA, Member(number, 1))
+    def step(self, everyone: Sequence[Any], scores: dict[Any, Any]) -> Any:
+        """The next theta, shape (D,), from the scores by (number of the member, place of the problem)."""
+        import numpy as np
+
+        from es_engine.methods import shaping
+
+        rewards = np.array(
+            [[scores[number, place].value for place in range(len(self.problems))] for number in range(len(everyone))]
+        )
+        weights = shaping.shape(rewards, "centered_rank")
+        assert weights is not None
+        by_pair = {member.pair: 0.0 for member in everyone}
+        for member, weight in zip(everyone, weights.tolist(), strict=True):
+            by_pair[member.pair] += member.sign * weight
+        direction = self.noise_sum(list(by_pair), list(by_pair.values()))
+        return self.perturber.center + np.float32(SIGMA / len(everyone)) * direction
+
+    def noise_sum(self, pairs: Sequence[int], weights: Sequence[float]) -> Any:
+        return self.perturber.noise_sum(self.generation, pairs, weights)
+
+    def score(self, key: Any, problem: Any, text: str) -> None:
+        """Have an answer scored; `scorer.drain` has the score."""
+        from rewards.base import Rollout
+
+        example = problem.example
+        self.scorer.submit(key, Rollout(problem.prompt, text, example.answer, example.info))
 
     def draw(self, members: int) -> None:
         """Draw the noise of members, and nothing else."""
@@ -201,7 +227,8 @@ class Slots(Bare):
             max_num_seqs=setup.max_num_seqs,
             kv_cache_bytes=setup.kv_cache_bytes,
         )
-        self.engine = VllmEngine(setup.model, self.space, RUN_SEED, setup.slots, 0, options)
+        noise = 4 * self.space.dim * setup.slots
+        self.engine = VllmEngine(setup.model, self.space, RUN_SEED, setup.slots, noise, options)
         self.engine.set_center(self.space.start())
         self.write(setup.slots)
         return self.engine._llm
@@ -212,14 +239,30 @@ class Slots(Bare):
 
         loras = [self.engine._lora(Request(slot, ())) for slot in range(members)]
         share = load.sequences // members
-        self.answer(self.prompts(load), [lora for lora in loras for _ in range(share)], load.new)
+        self.answer(self.prompts(load), [lora for lora in loras for _ in range(share)], _exactly(load.new))
 
     def write(self, members: int) -> None:
         """Fill as many slots with new members."""
-        from workers.engine import Member
+        self.generation += 1
+        self.engine.write_slots(self.generation, SIGMA, alone(members))
+
+    def whole_generation(self, members: int) -> None:
+        """Write, ask and score all members at once; then a step."""
+        from workers.engine import Request
 
         self.generation += 1
-        self.engine.write_slots(self.generation, SIGMA, [Member(number, 1) for number in range(members)])
+        everyone = mirrored(members)
+        self.engine.write_slots(self.generation, SIGMA, everyone)
+        asked = [(slot, place) for slot in range(members) for place in range(len(self.problems))]
+        requests = [Request(slot, self.problems[place].prompt_ids) for slot, place in asked]
+        for completion in self.engine.generate(requests, self.sampling):
+            slot, place = asked[completion.request]
+            self.score((slot, place), self.problems[place], completion.text)
+        self.perturber.center = self.step(everyone, self.scorer.drain())
+        self.engine.set_center(self.perturber.center)
+
+    def noise_sum(self, pairs: Sequence[int], weights: Sequence[float]) -> Any:
+        return self.engine.noise_sum(self.generation, pairs, weights)
 
 
 class StockSlots(Slots):
@@ -236,8 +279,40 @@ class StockSlots(Slots):
         return super().build()
 
 
-class Files(Bare):
-    """Public code's first way: a member at a time, its adapter saved to files and loaded by name."""
+class OneAtATime(Bare):
+    """The ways of public ES code: members come in one after another."""
+
+    def bring_in(self, member: Any) -> Any:
+        """Make the engine answer as a member does; what its requests must carry."""
+        raise NotImplementedError
+
+    def generate(self, load: Load, members: int) -> None:
+        self.generation += 1
+        share = load.sequences // members
+        prompts = self.prompts(load)
+        for number, member in enumerate(alone(members)):
+            lora = self.bring_in(member)
+            self.answer(prompts[number * share :][:share], [lora] * share, _exactly(load.new))
+
+    def whole_generation(self, members: int) -> None:
+        """Bring in, ask and score each member in turn; then a step, for which the noise is drawn again."""
+        from workers.stops import cut_at_stop
+
+        self.generation += 1
+        everyone = mirrored(members)
+        scores = {}
+        for number, member in enumerate(everyone):
+            lora = self.bring_in(member)
+            prompts = [problem.prompt_ids for problem in self.problems]
+            for place, tokens in enumerate(self.answer(prompts, [lora] * len(prompts), self.params)):
+                text = cut_at_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), self.sampling.stop)
+                self.score((number, place), self.problems[place], text)
+            scores.update(self.scorer.drain())
+        self.perturber.center = self.step(everyone, scores)
+
+
+class Files(OneAtATime):
+    """Public code's first way: a member's adapter is saved to files and loaded by name."""
 
     def build(self) -> Any:
         self.folder = Path(tempfile.mkdtemp())
@@ -256,19 +331,13 @@ class Files(Bare):
         }
         return super().arguments() | lora
 
-    def generate(self, load: Load, members: int) -> None:
-        self.generation += 1
-        share = load.sequences // members
-        prompts = self.prompts(load)
-        for number in range(members):
-            self.loaded += 1
-            folder = self.save(number)
-            lora = self.request(self.loaded, folder)
-            self.answer(prompts[number * share :][:share], [lora] * share, load.new)
+    def bring_in(self, member: Any) -> Any:
+        self.loaded += 1
+        return self.request(self.loaded, self.save(self.loaded, member))
 
-    def save(self, number: int) -> Path:
+    def save(self, number: int, member: Any) -> Path:
         folder = self.folder / str(number)
-        self.space.save(self.member(number), folder, str(self.setup.model))
+        self.space.save(self.theta(member), folder, str(self.setup.model))
         return folder
 
     def request(self, adapter: int, folder: Path, *, in_place: bool = False) -> Any:
@@ -279,15 +348,14 @@ class Files(Bare):
     def save_and_load(self, members: int) -> None:
         """Fill as many slots with new members, from files with names of their own."""
         self.generation += 1
-        for number in range(members):
-            self.loaded += 1
-            assert self.llm.llm_engine.add_lora(self.request(self.loaded, self.save(number)))
+        for member in alone(members):
+            assert self.llm.llm_engine.add_lora(self.bring_in(member))
 
     def load_in_place(self, members: int) -> None:
         """The same, from files under the names of the members before."""
         self.generation += 1
-        for number in range(members):
-            assert self.llm.llm_engine.add_lora(self.request(number + 1, self.save(number), in_place=True))
+        for number, member in enumerate(alone(members), start=1):
+            assert self.llm.llm_engine.add_lora(self.request(number, self.save(number, member), in_place=True))
 
     def from_tensors(self, members: int) -> None:
         """The same, without files: vLLM's own LoRAModel, added to its manager."""
@@ -298,13 +366,13 @@ class Files(Bare):
         self.generation += 1
         manager = self.runner().lora_manager._adapter_manager
         helper = PEFTHelper(r=self.setup.rank, lora_alpha=ALPHA, target_modules="all-linear")
-        for number in range(members):
+        for number, member in enumerate(alone(members), start=1):
             tensors = {}
-            for name, pair in self.space.adapter(self.member(number)).items():
+            for name, pair in self.space.adapter(self.theta(member)).items():
                 tensors[f"base_model.model.{name}.lora_A.weight"] = torch.from_numpy(pair.a)
                 tensors[f"base_model.model.{name}.lora_B.weight"] = torch.from_numpy(pair.b)
             model = LoRAModel.from_lora_tensors(
-                number + 1, tensors, helper, device="cpu", dtype=manager.lora_config.lora_dtype
+                number, tensors, helper, device="cpu", dtype=manager.lora_config.lora_dtype
             )
             manager.remove_adapter(model.id)
             if len(manager) + 1 > manager.capacity:
@@ -313,8 +381,8 @@ class Files(Bare):
             manager.activate_adapter(model.id)
 
 
-class Merged(Bare):
-    """Public code's second way: a member at a time, merged into the weights of an engine without LoRA.
+class Merged(OneAtATime):
+    """Public code's second way: a member is merged into the weights of an engine without LoRA.
 
     vLLM packs a CPU layer's weight for oneDNN when it is loaded and keeps nothing else. Here the weights as loaded are
     kept beside, and a merged layer is packed again and put in the place of the one before, which compiled code takes
@@ -327,19 +395,14 @@ class Merged(Bare):
         self.layers = self._find_layers()
         return llm
 
-    def generate(self, load: Load, members: int) -> None:
-        self.generation += 1
-        share = load.sequences // members
-        prompts = self.prompts(load)
-        for number in range(members):
-            self.merge(self.member(number))
-            self.answer(prompts[number * share :][:share], [None] * share, load.new)
+    def bring_in(self, member: Any) -> Any:
+        self.merge(self.theta(member))
 
     def write(self, members: int) -> None:
         """Merge as many members, one after another."""
         self.generation += 1
-        for number in range(members):
-            self.merge(self.member(number))
+        for member in alone(members):
+            self.bring_in(member)
 
     def merge(self, theta: Any) -> None:
         import torch
@@ -377,6 +440,34 @@ class Merged(Bare):
                 found.append((weight, names, handler))
         assert sum(len(names) for _, names, _ in found) == len(known)
         return found
+
+
+def alone(count: int) -> list[Any]:
+    """Members with noise of their own."""
+    from es_engine.methods.population import members
+
+    return members(count, mirrored=False)
+
+
+def mirrored(count: int) -> list[Any]:
+    """Mirrored pairs of members."""
+    from es_engine.methods.population import members
+
+    return members(count, mirrored=True)
+
+
+def _exactly(new: int) -> Any:
+    """Greedy answers of so many tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=new,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 SERVED: dict[Kind, type[Bare]] = {

@@ -13,7 +13,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,23 +126,40 @@ def machine() -> dict[str, Any]:
     }
 
 
+def draw_bars(file: Path, title: str, y: str, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw groups of bars that have the same names, each bar with its value on top, into a PNG."""
+    with _axes(file, title, "", y) as axes:
+        for place, (group, bars) in enumerate(groups.items()):
+            width = 0.8 / len(groups)
+            starts = [name + width * (place - (len(groups) - 1) / 2) for name in range(len(bars))]
+            axes.bar_label(axes.bar(starts, list(bars.values()), width, label=group), fmt="%.3g")
+            axes.set_xticks(range(len(bars)), list(bars))
+
+
 def draw(
     file: Path, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, log_x: bool = False
 ) -> None:
     """Draw each named list of points (x, y) as a line, into a PNG."""
+    with _axes(file, title, x, y) as axes:
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        if log_x:
+            axes.set_xscale("log", base=2)
+            places = sorted({place for points in lines.values() for place, _ in points})
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+
+
+@contextmanager
+def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Any]:
+    """The axes of a figure that is written to `file` in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    yield axes
     axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
-    if log_x:
-        axes.set_xscale("log", base=2)
-        places = sorted({place for points in lines.values() for place, _ in points})
-        axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.grid(alpha=0.3)
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)

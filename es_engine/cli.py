@@ -156,8 +156,9 @@ def main() -> None:
     """Run the command line. Bad input ends with one sentence and exit code 2, an interrupt with 130."""
     for number in INTERRUPTS:
         signal.signal(number, _interrupt)
-    if not sys.stderr.isatty():  # transformers asks this too; its bars would fill a log with half-drawn lines
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():  # the libraries' progress bars would fill a log with half-drawn lines
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(variable, "1")
     try:
         app()
     except _Interrupted:

@@ -220,7 +220,8 @@ def test_layouts_are_chosen_by_what_they_cost() -> None:
 def test_a_shared_factor_is_held_once(shared: str) -> None:
     wrapper = build_wrapper([1])
     layer = build_layer(PACKED, wrapper, shared=shared)
-    ((a, b),) = wrapper.stacks.values()
+    (stack,) = wrapper.stacks.values()
+    a, b = stack.a, stack.b
     one = a if shared == "A" else b
     each = b if shared == "A" else a
     assert one.untyped_storage().nbytes() == one[0].nbytes
@@ -230,10 +231,38 @@ def test_a_shared_factor_is_held_once(shared: str) -> None:
     assert (first[0] == 7.0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outs", [PLAIN, PACKED])
+def test_a_packed_shared_a_gives_the_same_product(outs: tuple[int, ...], dtype: torch.dtype) -> None:
+    from workers.grouped_lora import pack_shared
+
+    slots = LAYOUTS["uneven, padded"]
+    wrapper = build_wrapper(slots)
+    layer = build_layer(outs, wrapper, dtype, shared="A")
+    pack_shared(SimpleNamespace(modules={"layer": layer}))
+    (stack,) = wrapper.stacks.values()
+    assert stack.packed_a is not None
+    y, x = activations(len(slots), outs, dtype)
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (3 * 2**-8, 0.25)
+    found = run(wrapper, layer, y, x).double()
+    torch.testing.assert_close(found, naive(layer, y, x, slots), rtol=rtol, atol=atol)
+
+
+def test_factors_of_each_slot_are_not_packed() -> None:
+    from workers.grouped_lora import pack_shared
+
+    wrapper = build_wrapper([0, 1])
+    layer = build_layer(PACKED, wrapper, torch.float32, shared="B")
+    pack_shared(SimpleNamespace(modules={"layer": layer}))
+    (stack,) = wrapper.stacks.values()
+    assert stack.packed_a is None
+
+
 def test_stacks_are_shared_with_the_slots() -> None:
     wrapper = build_wrapper([1])
     layer = build_layer(PACKED, wrapper)
-    ((a, b),) = wrapper.stacks.values()
+    (stack,) = wrapper.stacks.values()
+    a, b = stack.a, stack.b
     assert a.shape == (SLOTS, len(PACKED) * RANK, FAN_IN)
     assert b.shape == (SLOTS, sum(PACKED), len(PACKED) * RANK)
     layer.lora_a_stacked[1][3, 0] = 7.0
@@ -245,7 +274,8 @@ def test_stacks_are_shared_with_the_slots() -> None:
 def test_stacks_begin_at_zero_and_stay_block_diagonal() -> None:
     wrapper = build_wrapper([1])
     layer = build_layer(PACKED, wrapper)
-    ((a, b),) = wrapper.stacks.values()
+    (stack,) = wrapper.stacks.values()
+    a, b = stack.a, stack.b
     for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
         stack.zero_()
     assert not a.any()

@@ -3,10 +3,10 @@
 vLLM's own CPU path gathers a copy of the adapter's weights for every token. Here tokens are grouped by slot once, when
 their layout changes, and each layer is two matrix products over slots: batched where groups are even, in place where a
 slot's tokens are neighbours. A factor that is not trained is the same in every slot, so it is held once; where that is
-A, its product is one plain matrix product for all tokens. Where a layer packs several matrices (q, k, v), their slot
-tensors are views of one stack: A (slots, n*r, in), and B (slots, out, n*r) block-diagonal, so that a packed layer
-costs the same two products as a plain one. Tokens without an adapter are left alone (vLLM 0.32's CPU path gives them
-the last slot's).
+A, its product is one plain matrix product for all tokens, with A packed as vLLM packs the base model's weights. Where a
+layer packs several matrices (q, k, v), their slot tensors are views of one stack: A (slots, n*r, in), and B (slots,
+out, n*r) block-diagonal, so that a packed layer costs the same two products as a plain one. Tokens without an adapter
+are left alone (vLLM 0.32's CPU path gives them the last slot's).
 
 Shapes: T tokens, S slots in use, L = the longest group, n slices, r slot rank, K = n*r.
 """
@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
+from vllm import _custom_ops
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
@@ -27,6 +28,10 @@ LONG_RUN = 32
 """Mean length of the runs of a slot's tokens from which a product a run, in place, is cheaper than gathering tokens."""
 MAX_PADDING = 2.5
 """Groups are padded to the longest one up to this many times the tokens; past it, a product a group is cheaper."""
+
+
+PACKED_SIZES = 32
+"""Numbers of tokens for which oneDNN keeps a product it has prepared; vLLM's own number."""
 
 
 class Layout(Protocol):
@@ -41,12 +46,28 @@ class Layout(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Stack:
+    """The adapters of a layer in all slots: `a` (slots, K, in), `b` (slots, out, K). `packed_a` is an A that all slots
+    share, once it is written, in the order in which oneDNN multiplies fastest."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    packed_a: Any = None
+
+    def shrink(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """A[slot] x, (T, K), for x (T, in)."""
+        if self.packed_a is not None:
+            return _custom_ops.onednn_mm(self.packed_a, x, None)
+        return x @ self.a[0].T if _is_shared(self.a) else layout.shrink(x, self.a)
+
+
 class GroupedLoraWrapper(PunicaWrapperCPU):
     """vLLM's CPU wrapper with `add_lora_linear` replaced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.stacks: dict[int, Stack] = {}
         self.layout: Layout | None = None
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
@@ -73,8 +94,7 @@ class GroupedLoraWrapper(PunicaWrapperCPU):
             return
         assert scale == 1.0
         if self.layout is not None:
-            a, b = stack
-            self.layout.add(y, x @ a[0].T if _is_shared(a) else self.layout.shrink(x, a), b)
+            self.layout.add(y, stack.shrink(x, self.layout), stack.b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +216,17 @@ def stack_slots(manager: Any, shared: Factor | None = None) -> None:
         wrapper = getattr(layer, "punica_wrapper", None)
         if isinstance(wrapper, GroupedLoraWrapper):
             a, b = _stack_layer(layer, shared)
-            wrapper.stacks[a.data_ptr()] = a, b
+            wrapper.stacks[a.data_ptr()] = Stack(a, b)
+
+
+def pack_shared(manager: Any) -> None:
+    """Pack every A that all slots share; from now on it must not be written."""
+    for layer in manager.modules.values():
+        wrapper = getattr(layer, "punica_wrapper", None)
+        if isinstance(wrapper, GroupedLoraWrapper):
+            stack = wrapper.stacks[layer.lora_a_stacked[0].data_ptr()]
+            if _is_shared(stack.a):
+                stack.packed_a = _custom_ops.create_onednn_mm(stack.a[0].T, PACKED_SIZES)
 
 
 def _stack_layer(layer: Any, shared: Factor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,6 @@ class HfEngine:
         """Keep theta + sign*sigma*eps of each member as slot 0, 1, ..."""
         self._thetas = [self._perturber.theta(generation, sigma, member) for member in members]
 
-    @torch.inference_mode()
     def prepare(self, generation: int, pairs: Sequence[int]) -> None:
         """Draw the noise of pairs in the background, as far as there is room for it."""
         self._perturber.prepare(generation, pairs)
@@ -77,6 +76,7 @@ class HfEngine:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
         return self._perturber.noise_sum(generation, pairs, weights)
 
+    @torch.inference_mode()
     def _generate_slot(
         self, slot: int | None, requests: list[tuple[int, Request]], sampling: Sampling
     ) -> Iterator[Completion]:

@@ -43,7 +43,10 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        self._llm = LLM(model=str(model), **_llm_arguments(space, slots, options))
+        from workers import cpu_tuning
+
+        arguments = _llm_arguments(space, slots, options) | cpu_tuning.engine_arguments()
+        self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
         self._writes = 0
         self._names: list[str] = []
@@ -71,14 +74,12 @@ class VllmEngine:
         """Complete the requests, each as soon as it is done; the order of requests decides the batches."""
         engine = self._llm.llm_engine
         ends = self._ends(sampling.stop)
+        # One object for all members' requests of a prompt: vLLM takes as long over a new one as over the request.
+        params = {seed: _sampling_params(sampling, seed, ends) for seed in {request.seed for request in requests}}
         try:
             for number, request in enumerate(requests):
-                engine.add_request(
-                    str(number),
-                    _prompt(request),
-                    _sampling_params(sampling, request.seed, ends),
-                    lora_request=self._lora(request),
-                )
+                lora = self._lora(request)
+                engine.add_request(str(number), _prompt(request), params[request.seed], lora_request=lora)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
@@ -189,6 +190,7 @@ def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None
         repetition_detection=loops,
         seed=seed if sampling.temperature > 0 else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
     )
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from es_engine.spaces.lora import Factor, LoraSpace, Placement, Train
-from workers import grouped_lora
+from workers import cpu_tuning, grouped_lora
 from workers.engine import Member, Vector
 from workers.perturbation import Perturber
 
-grouped_lora.install()  # here, because every rank imports this module before it builds its LoRA layers
+# Here, because every rank imports this module before it builds its layers.
+cpu_tuning.install()
+grouped_lora.install()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class SlotExtension:
             for slot in range(slots):
                 _write(self._es_tensors[matrix.name, "A"], slot, torch.from_numpy(pair.a), 1.0)
                 _write(self._es_tensors[matrix.name, "B"], slot, torch.from_numpy(pair.b), space.scaling)
+        grouped_lora.pack_shared(manager)
+        cpu_tuning.keep_logits(self.model_runner.sampler)
 
     def es_set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""

@@ -1,0 +1,98 @@
+"""What vLLM leaves slow on a CPU when it serves LoRA: norms, activations and the sampler's logits.
+
+On a CPU vLLM counts on torch.compile to fuse norms and activations, and turns it off for LoRA; what is left are chains
+of torch calls. Its library has C++ kernels for norms all the same, and here they are put in their place. And its
+sampler takes new memory for a float32 copy of the logits at every step, so much that the C library gets it from the
+kernel each time, with a page fault for every 4 KiB; here the copy has a place of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm import ir
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.platforms import current_platform
+
+PROVIDER = "cpu_c"
+"""The name under which vLLM's `ir_op_priority` knows the kernels of norms."""
+
+
+def install() -> None:
+    """Put faster layers in vLLM's place in this process, if it serves on a CPU. Call before the engine is built."""
+    if not current_platform.is_cpu() or PROVIDER in ir.ops.rms_norm.impls:
+        return
+    SiluAndMul.register_oot(_SiluAndMul, name="SiluAndMul")
+    ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_is_plain_norm)(_rms_norm)
+    ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_is_plain_add_norm, inplace=True)(_add_rms_norm)
+
+
+def keep_logits(sampler: torch.nn.Module) -> None:
+    """Have a sampler copy logits of half precision to float32 in the same memory at every step."""
+    if not current_platform.is_cpu():
+        return
+    kept = torch.empty(0)
+
+    def in_float32(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal kept
+        logits = keywords["logits"]
+        if logits.dtype == torch.float32:
+            return args, keywords
+        if kept.numel() < logits.numel():
+            kept = torch.empty(logits.numel())
+        copy = kept[: logits.numel()].view(logits.shape)
+        return args, {**keywords, "logits": copy.copy_(logits)}
+
+    sampler.register_forward_pre_hook(in_float32, with_kwargs=True)
+
+
+def engine_arguments() -> dict[str, object]:
+    """Arguments of vLLM's engine that choose the kernels, none where this is no CPU."""
+    if not current_platform.is_cpu():
+        return {}
+    norms = {name: [PROVIDER] for name in ("rms_norm", "fused_add_rms_norm")}
+    return {"ir_op_priority": norms, "compilation_config": {"custom_ops": ["all"]}}
+
+
+class _SiluAndMul(SiluAndMul):
+    """In two torch calls without a second temporary: vLLM's C++ kernel of it takes twice as long."""
+
+    def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> torch.Tensor:
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    torch.ops._C.rms_norm(out, x, weight, epsilon)
+    return out
+
+
+def _is_plain_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return variance_size is None and x.is_contiguous() and (weight is None or weight.dtype == x.dtype)
+
+
+def _add_rms_norm(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual
+
+
+def _is_plain_add_norm(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> bool:
+    return x_residual.is_contiguous() and _is_plain_norm(x, weight, epsilon, variance_size)
