@@ -73,7 +73,7 @@ def rollouts(workers: int, generations: int) -> Row:
     with Session(config, print) as session, peaks() as peak:
         method, pool = session.materials.method, session.pool
         theta = pool.put(session.materials.space.start())
-        problems = pool.put(session.materials.problems("train", range(method.batch_size)))
+        problems = session.materials.problems("train", range(method.batch_size))
         found = []
         for number in range(generations):
             started, cpu = time.perf_counter(), time.process_time()

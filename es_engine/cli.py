@@ -41,9 +41,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a model and leave a run folder."""
+    chosen = load_config(config, overrides or [])  # first, so that a slip in it is told at once
     from es_engine.trainer import train as start
 
-    _show_end(start(load_config(config, overrides or []), run_dir).path)
+    _show_end(start(chosen, run_dir).path)
 
 
 @app.command()

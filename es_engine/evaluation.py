@@ -39,7 +39,7 @@ def evaluate_center(
     pool: CallRunner, theta: Any, version: int, problems: Sequence[Problem], sampling: Sampling, chunk: int
 ) -> Evaluation:
     """Evaluate theta itself on problems, `chunk` of them in one engine call."""
-    results = evaluate(pool, _chunks(len(problems), sampling, chunk), pool.put(list(problems)), theta, version)
+    results = evaluate(pool, _chunks(len(problems), sampling, chunk), problems, theta, version)
     rewards = np.concatenate([result.rewards[0] for result in results])
     accuracy = np.concatenate([result.accuracy[0] for result in results])
     return Evaluation(_summary(results, rewards, accuracy), _samples(results, problems))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +23,7 @@ from workers.scoring import Scorer
 from workers.sources import local_model
 
 CANARY_PROMPTS = 4
+KEPT_PROBLEMS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Materials:
         return fingerprint(self.model)
 
     @cached_property
-    def prepare(self) -> Callable[[Example], Problem]:
+    def _prepare(self) -> Callable[[Example], Problem]:
         """Tokenises an example; raises ValueError for one longer than the context."""
         context = context_length(self.model)
         limit = getattr(self.config.engine, "max_model_len", None)
@@ -49,8 +50,12 @@ class Materials:
         return preparer(load_tokenizer(self.model), context, self.task.max_tokens)
 
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
-        """Problems of a split by number, ready for the model."""
-        return [self.prepare(self.task.example(split, number)) for number in numbers]
+        """Problems of a split by number, ready for the model; each prompt is tokenised once."""
+        return [self._problem(split, number) for number in numbers]
+
+    @cached_property
+    def _problem(self) -> Callable[[Split, int], Problem]:
+        return lru_cache(KEPT_PROBLEMS)(lambda split, number: self._prepare(self.task.example(split, number)))
 
 
 def gather(config: Config) -> Materials:

@@ -113,16 +113,16 @@ def test_probes_are_populations_of_their_own() -> None:
     """8 members at each sigma and the center alone, none of them in a generation that the run will have."""
     runner = FunctionRunner(fragile, DIM)
     run(auto(), runner)
-    chunks = [call.arguments[0] for call in runner.calls]
-    assert chunks[0].members == (CENTER,)
-    assert chunks[0].problems == ((0, 1),)
-    assert chunks[0].sigma == 0
+    *chunks, center = (call.arguments[0] for call in runner.calls)  # the smallest chunk is begun last
+    assert center.members == (CENTER,)
+    assert center.problems == ((0, 1),)
+    assert center.sigma == 0
     by_generation: dict[int, list[float]] = {}
-    for chunk in chunks[1:]:
+    for chunk in chunks:
         assert chunk.problems == ((0, 1),) * 4
         by_generation.setdefault(chunk.generation, []).extend([chunk.sigma] * len(chunk.members))
     assert by_generation == {FIRST_PROBE + i: [sigma] * 8 for i, sigma in enumerate((0.01, 0.1, 1.0))}
-    assert chunks[0].generation not in by_generation
+    assert center.generation not in by_generation
     assert chunks[0].generation >= 2**32 - 1
 
 

@@ -122,6 +122,19 @@ def whole_estimate(runner: FunctionRunner, chunk: int = 4, **changes: Any) -> Es
     return estimate(es, runner, noise.draw(9, 9, 9, 500), 5, 0.3)
 
 
+def test_the_largest_chunks_are_begun_first() -> None:
+    """With prompts for each member, whose lengths grow from problem to problem, the last chunk is the largest."""
+    runner = FunctionRunner(hilly, 500)
+    record = whole_estimate(runner, sharing="member").record
+    begun = [call.arguments[0].index for call in runner.calls if call.method == "evaluate"]
+    assert begun == [3, 2, 1, 0]
+    members = [[pair, sign] for pair in range(8) for sign in (1, -1)]
+    assert record["members"] == members
+    same = FunctionRunner(hilly, 500)
+    whole_estimate(same)  # the same prompts for all: as they come
+    assert [call.arguments[0].index for call in same.calls if call.method == "evaluate"] == [0, 1, 2, 3]
+
+
 def test_who_evaluates_what_does_not_matter() -> None:
     alone = whole_estimate(FunctionRunner(hilly, 500))
     assert alone.direction is not None

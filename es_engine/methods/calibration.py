@@ -44,7 +44,7 @@ def calibrate(
     center = _center_chunk(probe)
     groups = [probe.chunks(FIRST_PROBE + number, sigma) for number, sigma in enumerate(config.probe_sigmas)]
     everything = [center, *(chunk for group in groups for chunk in group)]
-    results = evaluate(pool, everything, pool.put(list(batch)), theta, version)
+    results = evaluate(pool, everything, batch, theta, version)
     rows = iter(results)
     center_mean = float(np.nanmean(mean_of_samples(next(rows).rewards)))
     probes = []

@@ -75,7 +75,7 @@ class EvolutionStrategies:
         started = time.perf_counter()
         chunks = self.chunks(generation, sigma)
         after = self.chunks(generation + 1, sigma)
-        results = evaluate(pool, chunks, pool.put(list(batch)), theta, version, after)
+        results = evaluate(pool, chunks, batch, theta, version, after)
         evaluated = time.perf_counter()
         record = _record(chunks, results, batch, sigma)
         workers = [result.worker for result in results]
@@ -151,21 +151,38 @@ class EvolutionStrategies:
 
 
 def evaluate(
-    pool: CallRunner, chunks: Sequence[Chunk], batch: Any, theta: Any, version: int, upcoming: Sequence[Chunk] = ()
+    pool: CallRunner,
+    chunks: Sequence[Chunk],
+    batch: Sequence[Problem],
+    theta: Any,
+    version: int,
+    upcoming: Sequence[Chunk] = (),
 ) -> list[ChunkResult]:
     """Have chunks evaluated around theta; the results in the order of the chunks.
 
-    `upcoming` will be evaluated after them. A worker is told which chunk it will probably be given next, the one as
-    many places on as there are workers, so that it can draw that noise while it generates.
+    The largest chunks are begun first, so that none of them is still at work when all others are done. `upcoming` will
+    be evaluated after them. A worker is told which chunk it will probably be given next, the one as many places on as
+    there are workers, so that it can draw that noise while it generates.
     """
-    following = [*chunks, *upcoming][pool.size :]
+    order = sorted(range(len(chunks)), key=lambda place: -work(chunks[place], batch))
+    begun = [chunks[place] for place in order]
+    following = [*begun, *upcoming][pool.size :]
     notes = [(chunk.generation, chunk.pairs) for chunk in following] + [None] * pool.size
-    return pool.run(
+    shared = pool.put(list(batch))
+    results = pool.run(
         [
-            Call(str(chunk), "evaluate", (chunk, batch, theta, version, ahead))
-            for chunk, ahead in zip(chunks, notes, strict=False)
+            Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead))
+            for chunk, ahead in zip(begun, notes, strict=False)
         ]
     )
+    by_place = dict(zip(order, results, strict=True))
+    return [by_place[place] for place in range(len(chunks))]
+
+
+def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
+    """The most tokens a chunk can take: those of its prompts, and of answers as long as they may be."""
+    answer = chunk.sampling.samples * chunk.sampling.max_tokens
+    return sum(len(batch[place].prompt_ids) + answer for places in chunk.problems for place in places)
 
 
 def whole_pairs(rewards: Array, members: Sequence[Member]) -> Array:
