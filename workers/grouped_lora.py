@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from vllm import _custom_ops
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -72,8 +73,13 @@ class GroupedLoraWrapper(PunicaWrapperCPU):
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
         """vLLM calls it before a step, where the step's tokens are not laid out as those of the last one."""
-        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
-        self.layout = lay_out(self.token_lora_indices)
+        if not self.stacks:  # vLLM's profiling run, which its own arithmetic serves
+            super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
+        slot_of = np.full(1 + max((adapter for adapter in lora_index_to_id if adapter), default=0), -1)
+        for slot, adapter in enumerate(lora_index_to_id):
+            if adapter:
+                slot_of[adapter] = slot
+        self.layout = lay_out(torch.from_numpy(slot_of[np.array(mapping.index_mapping)]))
 
     def add_lora_linear(
         self,
