@@ -209,10 +209,27 @@ def test_vllm_with_slots_never_written_is_refused(
 ) -> None:
     space = build_space(random_llama)
     vllm_engine.set_center(space.start())
-    vllm_engine.write_slots(0, 1.0, [CENTER, CENTER])
+    for _ in range(2):  # it has two sets of slots
+        vllm_engine.write_slots(0, 1.0, [CENTER, CENTER])
     monkeypatch.setattr("workers.vllm_extension.SlotExtension._es_write", lambda self, slot, theta: None)
     with pytest.raises(ValueError, match=r"^canary: "):
         canary.check(vllm_engine, space, random_prompts(), half_reference if with_reference else None)
+
+
+@pytest.mark.vllm
+def test_vllm_that_writes_only_one_set_of_slots_is_refused(
+    vllm_engine: Any, random_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.vllm_extension import SlotExtension
+
+    space = build_space(random_llama)
+    vllm_engine.set_center(space.start())
+    for _ in range(2):
+        vllm_engine.write_slots(0, 1.0, [CENTER, CENTER])
+    write = SlotExtension._es_write
+    monkeypatch.setattr(SlotExtension, "_es_write", lambda self, slot, theta: slot < 2 and write(self, slot, theta))
+    with pytest.raises(ValueError, match=r"^canary: "):
+        canary.check(vllm_engine, space, random_prompts(), None)
 
 
 @pytest.mark.vllm

@@ -24,7 +24,7 @@ from es_engine import noise
 from es_engine.spaces.base import Matrix
 from es_engine.spaces.lora import LoraSpace, Train
 from workers import vllm_engine
-from workers.engine import CENTER, Member, Request, Sampling, Vector
+from workers.engine import CENTER, Completion, Member, Request, Sampling, Vector
 from workers.hf_engine import HfEngine
 from workers.models import linear_matrices
 from workers.vllm_engine import SLOT_RANKS, VllmEngine, VllmOptions, slot_rank
@@ -252,7 +252,11 @@ def uneven(slots: Sequence[int | None]) -> list[Request]:
 
 
 def texts(engine: VllmEngine | HfEngine, requests: Sequence[Request], sampling: Sampling = GREEDY) -> list[Any]:
-    found = sorted(engine.generate(requests, sampling), key=lambda each: (each.request, each.sample))
+    return as_rows(list(engine.generate(requests, sampling)))
+
+
+def as_rows(found: Sequence[Completion]) -> list[Any]:
+    found = sorted(found, key=lambda each: (each.request, each.sample))
     return [(each.request, each.sample, each.token_ids, each.text, each.finish_reason) for each in found]
 
 
@@ -392,7 +396,7 @@ def test_a_name_used_twice_would_be_answered_from_the_prefix_cache(
 def test_noise_drawn_ahead_is_the_noise_drawn_at_need(engine: VllmEngine) -> None:
     members = (Member(8, 1), Member(9, -1))
     requests = [Request(slot, prompt) for slot in (0, 1) for prompt in random_prompts(9, 20)]
-    engine.prepare(11, [8, 9])
+    engine.prepare(11, SIGMA, members)
     found = []
     for generation in (11, 12, 11):
         engine.write_slots(generation, SIGMA, members)
@@ -412,6 +416,80 @@ def test_noise_sum_is_the_weighted_sum(engine: VllmEngine, hf: HfEngine, space: 
 
 
 # Tensor parallelism
+
+
+def count_writes(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by the arguments of every set of slots that the engine's worker writes."""
+    from workers.vllm_extension import SlotExtension
+
+    written: list[Any] = []
+    write = SlotExtension._es_write_set
+
+    def counted(self: Any, *filling: Any) -> None:
+        written.append(filling)
+        write(self, *filling)
+
+    monkeypatch.setattr(
+        type(engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker),
+        "_es_write_set",
+        counted,
+    )
+    return written
+
+
+def test_slots_written_ahead_are_the_slots_written_at_need(
+    engine: VllmEngine, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the chunk before is still generating, and without disturbing it."""
+    members = (Member(8, 1), Member(8, -1), Member(9, 1))
+    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
+    written = count_writes(engine, monkeypatch)
+    before = texts(hf, requests)
+    completions = engine.generate(requests, GREEDY)
+    found = [next(completions)]
+    engine.prepare(0, SIGMA, members)
+    assert as_rows([*found, *completions]) == before
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, members)
+    assert texts(engine, requests) == texts(hf, requests) != before
+    assert written == [(0, SIGMA, members)]
+
+
+@pytest.mark.parametrize("change", ["center", "sigma", "members", "generation"])
+def test_slots_written_ahead_for_something_else_are_written_again(
+    engine: VllmEngine, hf: HfEngine, space: LoraSpace, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    members = (Member(8, 1), Member(8, -1), Member(9, 1))
+    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
+    written = count_writes(engine, monkeypatch)
+    engine.prepare(1 if change == "generation" else 0, SIGMA, members)
+    if change == "center":
+        for each in (engine, hf):
+            each.set_center(random_center(space, 0.2))
+    sigma = SIGMA / 2 if change == "sigma" else SIGMA
+    wanted = members[::-1] if change == "members" else members
+    for each in (engine, hf):
+        each.write_slots(1 if change == "generation" else 0, sigma, wanted)
+    assert texts(engine, requests) == texts(hf, requests)
+    # A later generation's center is not known yet, so nothing is written ahead for it.
+    assert len(written) == (1 if change == "generation" else 2)
+
+
+def test_where_memory_is_short_there_is_one_set_of_slots(
+    random_llama: Path, space: LoraSpace, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "SECOND_SET_BYTES", 2 * SLOTS * space.adapter_bytes - 1)
+    engine = build_engine(random_llama, space)
+    assert engine._llm.llm_engine.vllm_config.lora_config.max_loras == SLOTS
+    requests = [Request(slot, prompt) for slot in range(SLOTS) for prompt in random_prompts(9, 20)]
+    for each in (engine, hf):
+        each.set_center(random_center(space))
+        each.write_slots(0, SIGMA, MEMBERS)
+    engine.prepare(0, SIGMA, MEMBERS[::-1])
+    assert texts(engine, requests) == texts(hf, requests)
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, MEMBERS[::-1])
+    assert texts(engine, requests) == texts(hf, requests)
 
 
 @pytest.fixture

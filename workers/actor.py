@@ -15,10 +15,9 @@ from es_engine.config import Config
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Rollout, Score
 from workers.chunks import Chunk, ChunkResult, Problem, sampling_seed
-from workers.engine import Completion, PopulationEngine, Request, Vector
+from workers.engine import Completion, Filling, PopulationEngine, Request, Vector
 
 GIB = 1 << 30
-Ahead = tuple[int, tuple[int, ...]]  # generation, pairs
 CPU_KV_CACHE_GIB = 1.0
 """vLLM's own choice of a KV cache fails beside other processes on a CPU, where memory is nobody's alone."""
 
@@ -59,10 +58,10 @@ class Worker:
         return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": report}
 
     def evaluate(
-        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Ahead | None = None
+        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
     ) -> ChunkResult:
         """Generate and score a chunk around theta, shape (D,); `version` names theta, so that it is taken in only
-        once. `ahead` is the noise that will probably be wanted next."""
+        once. `ahead` is the chunk that will probably be next."""
         started = time.perf_counter()
         if version != self._center_version:
             self._engine.set_center(theta)

@@ -45,7 +45,7 @@ def check(
 
     Raises ValueError, saying what is wrong, if it fails.
     """
-    zero, perturbed = _slots(engine, space, prompts)
+    (zero, perturbed), again = (_slots(engine, space, prompts) for _ in range(2))  # an engine may have two sets
     base = _flat(engine.logprobs([Request(None, prompt) for prompt in prompts]))
     if not np.isfinite([zero, perturbed, base]).all():
         raise ValueError("canary: the engine gives log-probabilities that are not numbers; try another engine.dtype")
@@ -53,6 +53,12 @@ def check(
     if effect == 0:
         raise ValueError(
             "canary: a random adapter does not change the model's log-probabilities, so slots have no effect"
+        )
+    change = max(_difference(first, second) for first, second in zip((zero, perturbed), again, strict=True))
+    if not change <= TOLERANCE * effect:
+        raise ValueError(
+            f"canary: adapters written a second time differ from the first by {change:.3g} nats a token, "
+            f"where a random one changes {effect:.3g}"
         )
     if _difference(zero, base) > TOLERANCE * effect:
         raise ValueError(

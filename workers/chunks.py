@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewards.base import Example
-from workers.engine import Member, Sampling
+from workers.engine import Member, Sampling, pairs_of
 
 Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -45,7 +45,7 @@ class Chunk:
     @property
     def pairs(self) -> tuple[int, ...]:
         """The pairs of this chunk, in order."""
-        return tuple(dict.fromkeys(member.pair for member in self.members))
+        return pairs_of(self.members)
 
     def __str__(self) -> str:
         return f"chunk {self.index} of generation {self.generation}"

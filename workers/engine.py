@@ -25,6 +25,14 @@ class Member:
 
 CENTER = Member(pair=0, sign=0)
 
+Filling = tuple[int, float, tuple[Member, ...]]
+"""What slots are to hold: generation, sigma and members."""
+
+
+def pairs_of(members: Sequence[Member]) -> tuple[int, ...]:
+    """The pairs that members belong to, each once, in order."""
+    return tuple(dict.fromkeys(member.pair for member in members if member.sign))
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -75,8 +83,9 @@ class PopulationEngine(Protocol):
         """Write theta + sign*sigma*eps of each member into slot 0, 1, ..."""
         ...
 
-    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
-        """Draw the noise of pairs in the background, as far as there is room for it."""
+    def prepare(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
+        """Make a later `write_slots` of the same arguments quick: in the background, draw the members' noise as far as
+        there is room for it and, where the engine has a second set of slots, write them."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:

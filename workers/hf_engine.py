@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from es_engine.spaces.lora import LoraSpace
-from workers.engine import Completion, Member, Request, Sampling, Vector
+from workers.engine import Completion, Member, Request, Sampling, Vector, pairs_of
 from workers.perturbation import Perturber
 from workers.prompts import load_tokenizer
 from workers.stops import cut_at_stop, first_loop
@@ -57,9 +57,9 @@ class HfEngine:
         """Keep theta + sign*sigma*eps of each member as slot 0, 1, ..."""
         self._thetas = [self._perturber.theta(generation, sigma, member) for member in members]
 
-    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
-        """Draw the noise of pairs in the background, as far as there is room for it."""
-        self._perturber.prepare(generation, pairs)
+    def prepare(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
+        """Draw the members' noise in the background, as far as there is room for it."""
+        self._perturber.prepare(generation, pairs_of(members))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, a padded batch for each slot; a batch is seeded by its first request."""

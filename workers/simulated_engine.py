@@ -27,9 +27,9 @@ import numpy.typing as npt
 
 from es_engine.config import SimulatedEngineConfig
 from rewards.base import Rollout, Score, VerifierSpec, as_score
-from workers.actor import Ahead, Worker, WorkerSetup
+from workers.actor import Worker, WorkerSetup
 from workers.chunks import Chunk, ChunkResult, Problem
-from workers.engine import Completion, Member, Request, Sampling, Vector
+from workers.engine import Completion, Filling, Member, Request, Sampling, Vector
 
 DRAW_S = 4.2e-9
 WRITE_S = 1.6e-9
@@ -72,7 +72,7 @@ class SimulatedEngine:
         pairs = {member.pair for member in members if member.sign}
         time.sleep(self._dim * (DRAW_S * len(pairs) + WRITE_S * len(members)))
 
-    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
+    def prepare(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
         """Nothing: noise is made up where it is needed."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -185,7 +185,7 @@ class SimulatedWorker(Worker):
         return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": None}
 
     def evaluate(
-        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Ahead | None = None
+        self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
     ) -> ChunkResult:
         """As any worker, at a pace of its own."""
         now = time.perf_counter()

@@ -19,6 +19,10 @@ SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM allocates slots for; a LoRA of another rank is padded with zeros to the next."""
 
 
+SECOND_SET_BYTES = 1 << 30
+"""Most bytes of slots, in float32, when there are two sets of them: one to generate from, one to be written."""
+
+
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
     """How vLLM is started. None leaves a choice to vLLM, or to the space, where noted."""
@@ -45,14 +49,16 @@ class VllmEngine:
 
         from workers import cpu_tuning
 
-        arguments = _llm_arguments(space, slots, options) | cpu_tuning.engine_arguments()
+        sets = 2 if 2 * slots * space.adapter_bytes <= SECOND_SET_BYTES else 1
+        arguments = _llm_arguments(space, sets * slots, options) | cpu_tuning.engine_arguments()
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
+        self._first_slot = 0
         self._writes = 0
         self._names: list[str] = []
         self._tokenizer = load_tokenizer(model)
         self._stop_tokens: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-        self._rpc("es_prepare", space, run_seed, slots, cache_bytes)
+        self._rpc("es_prepare", space, run_seed, slots, sets, cache_bytes)
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""
@@ -61,14 +67,15 @@ class VllmEngine:
     def write_slots(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
         """Write theta + sign*sigma*eps of each member into slot 0, 1, ..."""
         assert len(members) <= self._slots
-        self._rpc("es_write_slots", generation, sigma, list(members))
+        self._first_slot = self._rpc("es_write_slots", generation, sigma, tuple(members))[0]
         self._writes += 1
         # vLLM's prefix cache keys adapters by name: new contents need a name that was never used.
         self._names = [f"write-{self._writes}-slot-{slot}" for slot in range(len(members))]
 
-    def prepare(self, generation: int, pairs: Sequence[int]) -> None:
-        """Draw the noise of pairs in the background, as far as there is room for it."""
-        self._rpc("es_prepare_noise", generation, list(pairs))
+    def prepare(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
+        """Make a later `write_slots` of the same arguments quick: in the background, draw the members' noise as far as
+        there is room for it and, where there is a second set of slots, write them."""
+        self._rpc("es_prepare_slots", generation, sigma, tuple(members))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, each as soon as it is done; the order of requests decides the batches."""
@@ -130,7 +137,8 @@ class VllmEngine:
 
         if request.slot is None:
             return None
-        return LoRARequest(lora_name=self._names[request.slot], lora_int_id=request.slot + 1, lora_path="in-memory")
+        adapter = self._first_slot + request.slot + 1
+        return LoRARequest(lora_name=self._names[request.slot], lora_int_id=adapter, lora_path="in-memory")
 
 
 def _llm_arguments(space: LoraSpace, slots: int, options: VllmOptions) -> dict[str, Any]:

@@ -10,6 +10,7 @@ vLLM would fold alpha/r into B on loading an adapter. No adapter is loaded here,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from es_engine.spaces.lora import Factor, LoraSpace, Placement, Train
 from workers import cpu_tuning, grouped_lora
-from workers.engine import Member, Vector
+from workers.engine import Filling, Member, Vector, pairs_of
 from workers.perturbation import Perturber
 
 # Here, because every rank imports this module before it builds its layers.
@@ -39,18 +40,23 @@ class SlotExtension:
 
     model_runner: Any
 
-    def es_prepare(self, space: LoraSpace, run_seed: int, slots: int, cache_bytes: int) -> None:
-        """Claim all slots for good and write the factors that are not trained."""
-        _claim_slots(self.model_runner.lora_manager, slots)
+    def es_prepare(self, space: LoraSpace, run_seed: int, slots: int, sets: int, cache_bytes: int) -> None:
+        """Claim all slots for good, `sets` times `slots` of them, and write the factors that are not trained."""
+        _claim_slots(self.model_runner.lora_manager, sets * slots)
         manager = self.model_runner.lora_manager._adapter_manager
         grouped_lora.stack_slots(manager, shared=_untrained(space))
         self._es_space = space
-        self._es_slots = slots
+        self._es_slots, self._es_sets = slots, sets
+        self._es_first = 0
+        self._es_generation = -1
+        self._es_ahead: Filling | None = None
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
         self._es_scratch = torch.empty(space.dim, dtype=torch.float32)
+        self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
+        self._es_writing: Future[None] | None = None
         self._es_tensors = _find_slot_tensors(manager, space)
         for matrix, pair in zip(space.matrices, space.initial, strict=True):
-            for slot in range(slots):
+            for slot in range(sets * slots):
                 _write(self._es_tensors[matrix.name, "A"], slot, torch.from_numpy(pair.a), 1.0)
                 _write(self._es_tensors[matrix.name, "B"], slot, torch.from_numpy(pair.b), space.scaling)
         grouped_lora.pack_shared(manager)
@@ -58,22 +64,49 @@ class SlotExtension:
 
     def es_set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""
+        self._es_settle()
+        self._es_ahead = None
         self._es_perturber.center = theta.copy()  # Ray's arrays are read-only, the caller's may change
 
-    def es_write_slots(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
-        """Write members into slots 0, 1, ... fresh from theta + sign*sigma*eps."""
+    def es_write_slots(self, generation: int, sigma: float, members: tuple[Member, ...]) -> int:
+        """Write members into a set of slots, fresh from theta + sign*sigma*eps, unless they have been written ahead;
+        the first slot of the set."""
         assert len(members) <= self._es_slots
-        for slot, member in enumerate(members):
-            theta = self._es_perturber.theta(generation, sigma, member, out=self._es_scratch.numpy())
-            self._es_write(slot, torch.from_numpy(theta))
+        self._es_settle()
+        if self._es_ahead != (generation, sigma, members):
+            self._es_write_set(generation, sigma, members)
+        self._es_ahead = None
+        self._es_generation = generation
+        self._es_first = self._es_next_set()
+        return self._es_first
 
-    def es_prepare_noise(self, generation: int, pairs: Sequence[int]) -> None:
-        """Draw the noise of pairs in the background, as far as there is room for it."""
-        self._es_perturber.prepare(generation, pairs)
+    def es_prepare_slots(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
+        """Draw members' noise in the background, as far as there is room for it, and write them into the other set of
+        slots if there is one; not those of a later generation, whose center is not known yet."""
+        self._es_settle()
+        self._es_perturber.prepare(generation, pairs_of(members))
+        if self._es_sets > 1 and generation == self._es_generation:
+            self._es_ahead = (generation, sigma, members)
+            self._es_writing = self._es_background.submit(self._es_write_set, generation, sigma, members)
 
     def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair), shape (D,)."""
+        self._es_settle()
         return self._es_perturber.noise_sum(generation, pairs, weights)
+
+    def _es_settle(self) -> None:
+        """Wait for the background, which alone uses the perturber while it writes; raises what went wrong there."""
+        writing, self._es_writing = self._es_writing, None
+        if writing is not None:
+            writing.result()
+
+    def _es_next_set(self) -> int:
+        return (self._es_first + self._es_slots) % (self._es_sets * self._es_slots)
+
+    def _es_write_set(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
+        for slot, member in enumerate(members, start=self._es_next_set()):
+            theta = self._es_perturber.theta(generation, sigma, member, out=self._es_scratch.numpy())
+            self._es_write(slot, torch.from_numpy(theta))
 
     def _es_write(self, slot: int, theta: torch.Tensor) -> None:
         theta = theta.to(self.model_runner.device)

@@ -31,8 +31,7 @@ NEARLY = 1.03
 
 def most_slots(population: int, space: LoraSpace) -> int:
     """Slots that a worker has while its chunk size is not known: an even number, 2 at least, or one for everybody."""
-    slot = sum(4 * space.rank * (matrix.in_features + matrix.out_features) for matrix in space.matrices)
-    most = min(MOST_SLOTS, MOST_SLOT_BYTES // slot)
+    most = min(MOST_SLOTS, MOST_SLOT_BYTES // space.adapter_bytes)
     return population if population <= most else max(2, most // 2 * 2)
 
 

@@ -162,12 +162,12 @@ def evaluate(
 
     The largest chunks are begun first, so that none of them is still at work when all others are done. `upcoming` will
     be evaluated after them. A worker is told which chunk it will probably be given next, the one as many places on as
-    there are workers, so that it can draw that noise while it generates.
+    there are workers, so that it can get ready for it while it generates.
     """
     order = sorted(range(len(chunks)), key=lambda place: -work(chunks[place], batch))
     begun = [chunks[place] for place in order]
     following = [*begun, *upcoming][pool.size :]
-    notes = [(chunk.generation, chunk.pairs) for chunk in following] + [None] * pool.size
+    notes = [(chunk.generation, chunk.sigma, chunk.members) for chunk in following] + [None] * pool.size
     shared = pool.put(list(batch))
     results = pool.run(
         [

@@ -86,6 +86,11 @@ class LoraSpace:
         return self.alpha / self.rank
 
     @property
+    def adapter_bytes(self) -> int:
+        """The size of an adapter, both factors of all matrices, in float32."""
+        return sum(4 * self.rank * (matrix.in_features + matrix.out_features) for matrix in self.matrices)
+
+    @property
     def matrix_scale(self) -> float:
         """The sigma that changes a typical matrix by its own RMS: 1 in weight units, a median over matrices in raw
         ones."""
