@@ -102,17 +102,20 @@ def drawing(dim: int, members: int) -> Case:
 
 def from_kept_noise(dim: int, members: int) -> Case:
     pairs = members // 2
-    return lambda: kept_noise(dim, pairs).noise_sum(GENERATION, range(pairs), weights(pairs))
+    total = np.empty(dim, dtype=np.float32)
+    return lambda: kept_noise(dim, pairs).noise_sum(GENERATION, range(pairs), weights(pairs), out=total)
 
 
 def in_chunks(dim: int, members: int) -> Case:
     pairs = members // 2
+    total, part = np.empty(dim, dtype=np.float32), np.empty(dim, dtype=np.float32)
 
     def update() -> noise.Vector:
-        total = np.zeros(dim, dtype=np.float32)
+        total.fill(0)
         for first in range(0, pairs, CHUNK_PAIRS):
             chunk = slice(first, first + CHUNK_PAIRS)
-            total += kept_noise(dim, pairs).noise_sum(GENERATION, range(pairs)[chunk], weights(pairs)[chunk])
+            kept = kept_noise(dim, pairs)
+            np.add(total, kept.noise_sum(GENERATION, range(pairs)[chunk], weights(pairs)[chunk], out=part), out=total)
         return total
 
     return update

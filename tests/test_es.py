@@ -328,10 +328,11 @@ def test_es_climbs_a_quadratic(optimizer: OptimizerConfig, shaping: str) -> None
     assert np.linalg.norm(theta - goal) < 0.1 * np.linalg.norm(goal)
 
 
-def test_each_worker_is_told_which_noise_it_will_probably_need_next() -> None:
+def test_each_worker_is_told_which_chunk_it_will_probably_be_given_next() -> None:
     runner = FunctionRunner(lambda theta, problem, sample: float(theta[0]), dim=5, workers=2)
     es = method(population=12, chunk=4)
     estimate(es, runner, np.zeros(5, np.float32), generation=3, sigma=0.1)
     evaluations = [call for call in runner.calls if call.method == "evaluate"]
     # Three chunks for two workers: the first worker gets the last, and then both begin the next generation.
-    assert [call.arguments[-1] for call in evaluations] == [(3, (4, 5)), (4, (0, 1)), (4, (2, 3))]
+    chunks = [(chunk.generation, chunk.sigma, chunk.members) for step in (3, 4) for chunk in es.chunks(step, 0.1)]
+    assert [call.arguments[-1] for call in evaluations] == chunks[2:5]

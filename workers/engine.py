@@ -97,5 +97,5 @@ class PopulationEngine(Protocol):
         ...
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
+        """The sum of weight * eps(pair) over pairs, in the order given, shape (D,); good until the next call."""
         ...

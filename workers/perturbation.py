@@ -73,18 +73,21 @@ class Perturber:
         torch.add(torch.from_numpy(self.center), eps, alpha=member.sign * sigma, out=torch.from_numpy(perturbed))
         return perturbed
 
-    def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair), added in the order given in float32, shape (D,).
+    def noise_sum(
+        self, generation: int, pairs: Sequence[int], weights: Sequence[float], out: Vector | None = None
+    ) -> Vector:
+        """The sum of weight * eps(pair), added in the order given in float32, shape (D,); into `out` where given.
 
         Noise that is gone is drawn span by span into a scratch and leaves what is kept where it is.
         """
         self._collect()
         keys = [(generation, pair) for pair in pairs]
         held = [self._held(key) for key in keys]
-        total = np.zeros(self.dim, dtype=np.float32)
+        total = np.empty(self.dim, dtype=np.float32) if out is None else out
         scratch = np.empty(min(SPAN, self.dim), dtype=np.float32)
         for start in range(0, self.dim, SPAN):
             part = total[start : start + SPAN]
+            part.fill(0)
             sum_part = torch.from_numpy(part)
             for key, kept, weight in zip(keys, held, weights, strict=True):
                 eps = self._draw(key, scratch[: len(part)], start) if kept is None else kept[start : start + SPAN]

@@ -108,7 +108,7 @@ class VllmEngine:
         return [_prompt_logprobs(output) for output in outputs]
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
+        """The sum of weight * eps(pair) over pairs, in the order given, shape (D,); good until the next call."""
         return self._rpc("es_noise_sum", generation, list(pairs), list(weights))[0]
 
     def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from es_engine.spaces.lora import Factor, LoraSpace, Placement, Train
@@ -52,6 +53,7 @@ class SlotExtension:
         self._es_ahead: Filling | None = None
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
         self._es_scratch = torch.empty(space.dim, dtype=torch.float32)
+        self._es_sum = np.empty(space.dim, dtype=np.float32)  # new memory would cost a page fault for every 4 KiB
         self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
         self._es_writing: Future[None] | None = None
         self._es_tensors = _find_slot_tensors(manager, space)
@@ -90,9 +92,9 @@ class SlotExtension:
             self._es_writing = self._es_background.submit(self._es_write_set, generation, sigma, members)
 
     def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair), shape (D,)."""
+        """The sum of weight * eps(pair), shape (D,); good until the next call."""
         self._es_settle()
-        return self._es_perturber.noise_sum(generation, pairs, weights)
+        return self._es_perturber.noise_sum(generation, pairs, weights, out=self._es_sum)
 
     def _es_settle(self) -> None:
         """Wait for the background, which alone uses the perturber while it writes; raises what went wrong there."""
