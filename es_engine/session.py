@@ -23,7 +23,7 @@ from workers.scoring import Scorer
 from workers.sources import local_model
 
 CANARY_PROMPTS = 4
-KEPT_PROBLEMS = 1 << 16
+KEPT_PROBLEMS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,16 @@ class Materials:
         return preparer(load_tokenizer(self.model), context, self.task.max_tokens)
 
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
-        """Problems of a split by number, ready for the model; each prompt is tokenised once."""
+        """Problems of a split by number, ready for the model; the last few thousand stay tokenised."""
         return [self._problem(split, number) for number in numbers]
 
     @cached_property
     def _problem(self) -> Callable[[Split, int], Problem]:
-        return lru_cache(KEPT_PROBLEMS)(lambda split, number: self._prepare(self.task.example(split, number)))
+        @lru_cache(KEPT_PROBLEMS)
+        def problem(split: Split, number: int) -> Problem:
+            return self._prepare(self.task.example(split, number))
+
+        return problem
 
 
 def gather(config: Config) -> Materials:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_norms_equal_torch(dtype: torch.dtype, rows: int) -> None:
     torch.testing.assert_close(normed.double(), expected, **close)
 
 
-def test_norms_of_part_of_a_row_are_left_to_vllm() -> None:
+def test_norms_that_the_kernels_cannot_do_are_left_to_vllm() -> None:
     from vllm import ir
 
     from workers.cpu_tuning import PROVIDER
@@ -52,6 +54,11 @@ def test_norms_of_part_of_a_row_are_left_to_vllm() -> None:
     assert not ours.supports_args(x, weight, 1e-5, 4)
     assert not ours.supports_args(x, weight.bfloat16(), 1e-5)
     assert not ours.supports_args(torch.randn(8, 3).T, weight, 1e-5)
+    assert not ours.supports_args(torch.randn(3, 12), torch.ones(12), 1e-5)  # no multiple of what a vector holds
+    assert not ours.supports_args(x, None, 1e-5)
+    added = ir.ops.fused_add_rms_norm.impls[PROVIDER]
+    assert added.supports_args(x, x.clone(), weight, 1e-5)
+    assert not added.supports_args(x, x.bfloat16(), weight, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -66,16 +73,18 @@ def test_silu_and_mul_equals_torch(dtype: torch.dtype) -> None:
     )
 
 
-def test_a_sampler_sees_the_same_logits_in_memory_of_its_own() -> None:
+def test_a_sampler_sees_the_same_logits_in_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample.sampler import Sampler
+
     from workers.cpu_tuning import keep_logits
 
     seen: list[torch.Tensor] = []
 
-    class Sampler(torch.nn.Module):
-        def forward(self, logits: torch.Tensor, sampling_metadata: object) -> object:
-            seen.append(logits)
-            return sampling_metadata
+    def forward(self: Any, logits: torch.Tensor, sampling_metadata: object) -> object:
+        seen.append(logits)
+        return sampling_metadata
 
+    monkeypatch.setattr(Sampler, "forward", forward)
     sampler = Sampler()
     keep_logits(sampler)
     for rows, dtype in ((3, torch.bfloat16), (5, torch.bfloat16), (2, torch.float16), (4, torch.float32)):

@@ -390,6 +390,110 @@ def test_a_name_used_twice_would_be_answered_from_the_prefix_cache(
     assert texts(engine, long_requests) != texts(hf, long_requests)
 
 
+def test_faster_layers_are_in_use(engine: VllmEngine) -> None:
+    from vllm import ir
+    from vllm.platforms import current_platform
+
+    from workers import cpu_tuning
+
+    if not current_platform.is_cpu():
+        pytest.skip("for CPUs only")
+    assert ir.ops.rms_norm.get_priority()[0] == ir.ops.fused_add_rms_norm.get_priority()[0] == cpu_tuning.PROVIDER
+    runner = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert type(runner.model.model.layers[0].mlp.act_fn) is cpu_tuning._SiluAndMul
+    assert runner.sampler._forward_pre_hooks
+
+
+# Slots written ahead
+
+
+def count_writes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by what every set of slots is filled with."""
+    from workers.vllm_extension import SlotExtension
+
+    written: list[Any] = []
+    write = SlotExtension._es_write_set
+
+    def counted(self: Any, *filling: Any) -> Any:
+        written.append(filling)
+        return write(self, *filling)
+
+    monkeypatch.setattr(SlotExtension, "_es_write_set", counted)
+    return written
+
+
+def test_slots_written_ahead_are_the_slots_written_at_need(
+    engine: VllmEngine, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the chunk before is still generating, and without disturbing it."""
+    members = (Member(8, 1), Member(8, -1), Member(9, 1))
+    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
+    written = count_writes(monkeypatch)
+    before = texts(hf, requests)
+    completions = engine.generate(requests, GREEDY)
+    found = [next(completions)]
+    engine.prepare(0, SIGMA, members)
+    assert as_rows([*found, *completions]) == before
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, members)
+    assert texts(engine, requests) == texts(hf, requests) != before
+    assert written == [(0, SIGMA, members)]
+
+
+@pytest.mark.parametrize("change", ["center", "sigma", "members", "generation"])
+def test_slots_written_ahead_for_something_else_are_written_again(
+    engine: VllmEngine, hf: HfEngine, space: LoraSpace, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    members = (Member(8, 1), Member(8, -1), Member(9, 1))
+    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
+    written = count_writes(monkeypatch)
+    engine.prepare(1 if change == "generation" else 0, SIGMA, members)
+    if change == "center":
+        for each in (engine, hf):
+            each.set_center(random_center(space, 0.2))
+    sigma = SIGMA / 2 if change == "sigma" else SIGMA
+    wanted = members[::-1] if change == "members" else members
+    for each in (engine, hf):
+        each.write_slots(1 if change == "generation" else 0, sigma, wanted)
+    assert texts(engine, requests) == texts(hf, requests)
+    # A later generation's center is not known yet, so nothing is written ahead for it.
+    assert len(written) == (1 if change == "generation" else 2)
+
+
+def test_a_write_ahead_that_fails_is_told_and_never_taken_for_done(
+    engine: VllmEngine, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request(0, prompt) for prompt in random_prompts(9, 20)]
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.vllm_extension.SlotExtension._slot_scale", lambda self, place: 1 / 0)
+        engine.prepare(0, SIGMA, MEMBERS[3:])
+        with pytest.raises(ZeroDivisionError):
+            engine.write_slots(0, SIGMA, MEMBERS[3:])
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, MEMBERS[3:])
+    assert texts(engine, requests) == texts(hf, requests)
+
+
+def test_where_memory_is_short_there_is_one_set_of_slots(
+    random_llama: Path, space: LoraSpace, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "SECOND_SET_BYTES", 2 * SLOTS * space.adapter_bytes - 1)
+    engine = build_engine(random_llama, space)
+    assert engine._llm.llm_engine.vllm_config.lora_config.max_loras == SLOTS
+    requests = [Request(slot, prompt) for slot in range(SLOTS) for prompt in random_prompts(9, 20)]
+    for each in (engine, hf):
+        each.set_center(random_center(space))
+        each.write_slots(0, SIGMA, MEMBERS)
+    written = count_writes(monkeypatch)
+    engine.prepare(0, SIGMA, MEMBERS[::-1])
+    engine.noise_sum(0, [0], [1.0])  # waits for the background
+    assert not written
+    assert texts(engine, requests) == texts(hf, requests)
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, MEMBERS[::-1])
+    assert texts(engine, requests) == texts(hf, requests)
+
+
 # Noise
 
 
@@ -416,80 +520,6 @@ def test_noise_sum_is_the_weighted_sum(engine: VllmEngine, hf: HfEngine, space: 
 
 
 # Tensor parallelism
-
-
-def count_writes(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows by the arguments of every set of slots that the engine's worker writes."""
-    from workers.vllm_extension import SlotExtension
-
-    written: list[Any] = []
-    write = SlotExtension._es_write_set
-
-    def counted(self: Any, *filling: Any) -> None:
-        written.append(filling)
-        write(self, *filling)
-
-    monkeypatch.setattr(
-        type(engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker),
-        "_es_write_set",
-        counted,
-    )
-    return written
-
-
-def test_slots_written_ahead_are_the_slots_written_at_need(
-    engine: VllmEngine, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the chunk before is still generating, and without disturbing it."""
-    members = (Member(8, 1), Member(8, -1), Member(9, 1))
-    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
-    written = count_writes(engine, monkeypatch)
-    before = texts(hf, requests)
-    completions = engine.generate(requests, GREEDY)
-    found = [next(completions)]
-    engine.prepare(0, SIGMA, members)
-    assert as_rows([*found, *completions]) == before
-    for each in (engine, hf):
-        each.write_slots(0, SIGMA, members)
-    assert texts(engine, requests) == texts(hf, requests) != before
-    assert written == [(0, SIGMA, members)]
-
-
-@pytest.mark.parametrize("change", ["center", "sigma", "members", "generation"])
-def test_slots_written_ahead_for_something_else_are_written_again(
-    engine: VllmEngine, hf: HfEngine, space: LoraSpace, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    members = (Member(8, 1), Member(8, -1), Member(9, 1))
-    requests = [Request(slot, prompt) for slot in range(3) for prompt in random_prompts(9, 20)]
-    written = count_writes(engine, monkeypatch)
-    engine.prepare(1 if change == "generation" else 0, SIGMA, members)
-    if change == "center":
-        for each in (engine, hf):
-            each.set_center(random_center(space, 0.2))
-    sigma = SIGMA / 2 if change == "sigma" else SIGMA
-    wanted = members[::-1] if change == "members" else members
-    for each in (engine, hf):
-        each.write_slots(1 if change == "generation" else 0, sigma, wanted)
-    assert texts(engine, requests) == texts(hf, requests)
-    # A later generation's center is not known yet, so nothing is written ahead for it.
-    assert len(written) == (1 if change == "generation" else 2)
-
-
-def test_where_memory_is_short_there_is_one_set_of_slots(
-    random_llama: Path, space: LoraSpace, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm_engine, "SECOND_SET_BYTES", 2 * SLOTS * space.adapter_bytes - 1)
-    engine = build_engine(random_llama, space)
-    assert engine._llm.llm_engine.vllm_config.lora_config.max_loras == SLOTS
-    requests = [Request(slot, prompt) for slot in range(SLOTS) for prompt in random_prompts(9, 20)]
-    for each in (engine, hf):
-        each.set_center(random_center(space))
-        each.write_slots(0, SIGMA, MEMBERS)
-    engine.prepare(0, SIGMA, MEMBERS[::-1])
-    assert texts(engine, requests) == texts(hf, requests)
-    for each in (engine, hf):
-        each.write_slots(0, SIGMA, MEMBERS[::-1])
-    assert texts(engine, requests) == texts(hf, requests)
 
 
 @pytest.fixture

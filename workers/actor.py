@@ -89,7 +89,7 @@ class Worker:
         return result
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair), shape (D,)."""
+        """The sum of weight * eps(pair), shape (D,); good until the next call."""
         return self._engine.noise_sum(generation, pairs, weights)
 
     def _generate(self, chunk: Chunk, batch: Sequence[Problem]) -> list[Completion]:

@@ -45,7 +45,11 @@ def check(
 
     Raises ValueError, saying what is wrong, if it fails.
     """
-    (zero, perturbed), again = (_slots(engine, space, prompts) for _ in range(2))  # an engine may have two sets
+    zero, perturbed = _slots(engine, space, prompts)
+    engine.prepare(
+        GENERATION, SIZE * space.matrix_scale, MEMBERS
+    )  # as a run does; an engine may have two sets of slots
+    again = _written(engine, space, prompts)
     base = _flat(engine.logprobs([Request(None, prompt) for prompt in prompts]))
     if not np.isfinite([zero, perturbed, base]).all():
         raise ValueError("canary: the engine gives log-probabilities that are not numbers; try another engine.dtype")
@@ -81,6 +85,10 @@ def check(
 
 def _slots(engine: PopulationEngine, space: LoraSpace, prompts: Sequence[tuple[int, ...]]) -> tuple[Vector, Vector]:
     engine.set_center(_zero(space))
+    return _written(engine, space, prompts)
+
+
+def _written(engine: PopulationEngine, space: LoraSpace, prompts: Sequence[tuple[int, ...]]) -> tuple[Vector, Vector]:
     engine.write_slots(GENERATION, SIZE * space.matrix_scale, MEMBERS)
     found = engine.logprobs([Request(slot, prompt) for slot in range(len(MEMBERS)) for prompt in prompts])
     return _flat(found[: len(prompts)]), _flat(found[len(prompts) :])

@@ -14,6 +14,10 @@ import torch
 from vllm import ir
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
+from vllm.v1.sample.sampler import Sampler
+
+VECTOR = 8
+"""The kernels take rows of a multiple of so many numbers."""
 
 PROVIDER = "cpu_c"
 """The name under which vLLM's `ir_op_priority` knows the kernels of norms."""
@@ -28,9 +32,9 @@ def install() -> None:
     ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_is_plain_add_norm, inplace=True)(_add_rms_norm)
 
 
-def keep_logits(sampler: torch.nn.Module) -> None:
-    """Have a sampler copy logits of half precision to float32 in the same memory at every step."""
-    if not current_platform.is_cpu():
+def keep_logits(sampler: Any) -> None:
+    """Have vLLM's sampler copy logits of half precision to float32 in the same memory at every step."""
+    if not current_platform.is_cpu() or not isinstance(sampler, Sampler):
         return
     kept = torch.empty(0)
 
@@ -74,7 +78,8 @@ def _rms_norm(
 def _is_plain_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    return variance_size is None and x.is_contiguous() and (weight is None or weight.dtype == x.dtype)
+    known = variance_size is None and weight is not None and weight.dtype == x.dtype
+    return known and x.is_contiguous() and x.shape[-1] % VECTOR == 0
 
 
 def _add_rms_norm(
@@ -95,4 +100,5 @@ def _is_plain_add_norm(
     epsilon: float,
     variance_size: int | None = None,
 ) -> bool:
-    return x_residual.is_contiguous() and _is_plain_norm(x, weight, epsilon, variance_size)
+    alike = x_residual.shape == x.shape and x_residual.dtype == x.dtype and x_residual.is_contiguous()
+    return alike and _is_plain_norm(x, weight, epsilon, variance_size)

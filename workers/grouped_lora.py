@@ -31,6 +31,7 @@ MAX_PADDING = 2.5
 """Groups are padded to the longest one up to this many times the tokens; past it, a product a group is cheaper."""
 
 
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_SIZES = 32
 """Numbers of tokens for which oneDNN keeps a product it has prepared; vLLM's own number."""
 
@@ -231,7 +232,7 @@ def pack_shared(manager: Any) -> None:
         wrapper = getattr(layer, "punica_wrapper", None)
         if isinstance(wrapper, GroupedLoraWrapper):
             stack = wrapper.stacks[layer.lora_a_stacked[0].data_ptr()]
-            if _is_shared(stack.a):
+            if _is_shared(stack.a) and _custom_ops._supports_onednn and stack.a.dtype in PACKED_DTYPES:
                 stack.packed_a = _custom_ops.create_onednn_mm(stack.a[0].T, PACKED_SIZES)
 
 

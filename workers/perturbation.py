@@ -27,7 +27,7 @@ Key = tuple[int, int]
 class Perturber:
     """The noise of a run around its current center; D = len(theta).
 
-    It is used by one thread; only `prepare` has another draw.
+    It is used by one thread at a time; only `prepare` has another draw.
     """
 
     def __init__(self, run_seed: int, dim: int, cache_bytes: int) -> None:

@@ -23,6 +23,10 @@ SECOND_SET_BYTES = 1 << 30
 """Most bytes of slots, in float32, when there are two sets of them: one to generate from, one to be written."""
 
 
+ALIGNED = 32
+"""Numbers of half precision in a cache line."""
+
+
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
     """How vLLM is started. None leaves a choice to vLLM, or to the space, where noted."""
@@ -49,7 +53,7 @@ class VllmEngine:
 
         from workers import cpu_tuning
 
-        sets = 2 if 2 * slots * space.adapter_bytes <= SECOND_SET_BYTES else 1
+        sets = _sets(space, slots)
         arguments = _llm_arguments(space, sets * slots, options) | cpu_tuning.engine_arguments()
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
@@ -58,7 +62,7 @@ class VllmEngine:
         self._names: list[str] = []
         self._tokenizer = load_tokenizer(model)
         self._stop_tokens: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-        self._rpc("es_prepare", space, run_seed, slots, sets, cache_bytes)
+        self._rpc("es_claim_slots", space, run_seed, slots, sets, cache_bytes)
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""
@@ -75,7 +79,7 @@ class VllmEngine:
     def prepare(self, generation: int, sigma: float, members: Sequence[Member]) -> None:
         """Make a later `write_slots` of the same arguments quick: in the background, draw the members' noise as far as
         there is room for it and, where there is a second set of slots, write them."""
-        self._rpc("es_prepare_slots", generation, sigma, tuple(members))
+        self._rpc("es_write_ahead", generation, sigma, tuple(members))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Complete the requests, each as soon as it is done; the order of requests decides the batches."""
@@ -141,6 +145,16 @@ class VllmEngine:
         return LoRARequest(lora_name=self._names[request.slot], lora_int_id=adapter, lora_path="in-memory")
 
 
+def _sets(space: LoraSpace, slots: int) -> int:
+    """Two sets of slots where memory allows, and where both lie at the same place in a cache line: which of them a
+    chunk is in must not change its products' bits."""
+    slot_bytes = space.adapter_bytes // space.rank * slot_rank(space.rank)
+    aligned = all(
+        size % ALIGNED == 0 for matrix in space.matrices for size in (matrix.in_features, matrix.out_features)
+    )
+    return 2 if aligned and 2 * slots * slot_bytes <= SECOND_SET_BYTES else 1
+
+
 def _llm_arguments(space: LoraSpace, slots: int, options: VllmOptions) -> dict[str, Any]:
     arguments = {
         "dtype": options.dtype,
@@ -198,7 +212,7 @@ def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None
         repetition_detection=loops,
         seed=seed if sampling.temperature > 0 else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
+        skip_clone=True,  # what vLLM writes into it for a request is the same for all
     )
 
 

@@ -41,7 +41,7 @@ class SlotExtension:
 
     model_runner: Any
 
-    def es_prepare(self, space: LoraSpace, run_seed: int, slots: int, sets: int, cache_bytes: int) -> None:
+    def es_claim_slots(self, space: LoraSpace, run_seed: int, slots: int, sets: int, cache_bytes: int) -> None:
         """Claim all slots for good, `sets` times `slots` of them, and write the factors that are not trained."""
         _claim_slots(self.model_runner.lora_manager, sets * slots)
         manager = self.model_runner.lora_manager._adapter_manager
@@ -50,12 +50,12 @@ class SlotExtension:
         self._es_slots, self._es_sets = slots, sets
         self._es_first = 0
         self._es_generation = -1
-        self._es_ahead: Filling | None = None
+        self._es_ahead: Filling | None = None  # what the other set of slots already holds
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
         self._es_scratch = torch.empty(space.dim, dtype=torch.float32)
         self._es_sum = np.empty(space.dim, dtype=np.float32)  # new memory would cost a page fault for every 4 KiB
         self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
-        self._es_writing: Future[None] | None = None
+        self._es_writing: Future[Filling] | None = None
         self._es_tensors = _find_slot_tensors(manager, space)
         for matrix, pair in zip(space.matrices, space.initial, strict=True):
             for slot in range(sets * slots):
@@ -82,13 +82,13 @@ class SlotExtension:
         self._es_first = self._es_next_set()
         return self._es_first
 
-    def es_prepare_slots(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
+    def es_write_ahead(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
         """Draw members' noise in the background, as far as there is room for it, and write them into the other set of
         slots if there is one; not those of a later generation, whose center is not known yet."""
         self._es_settle()
+        self._es_ahead = None
         self._es_perturber.prepare(generation, pairs_of(members))
         if self._es_sets > 1 and generation == self._es_generation:
-            self._es_ahead = (generation, sigma, members)
             self._es_writing = self._es_background.submit(self._es_write_set, generation, sigma, members)
 
     def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
@@ -100,15 +100,19 @@ class SlotExtension:
         """Wait for the background, which alone uses the perturber while it writes; raises what went wrong there."""
         writing, self._es_writing = self._es_writing, None
         if writing is not None:
-            writing.result()
+            self._es_ahead = writing.result()
 
     def _es_next_set(self) -> int:
         return (self._es_first + self._es_slots) % (self._es_sets * self._es_slots)
 
-    def _es_write_set(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
+    def _es_write_set(self, generation: int, sigma: float, members: tuple[Member, ...]) -> Filling:
+        """Write members into the set of slots that is not in use; what it then holds."""
         for slot, member in enumerate(members, start=self._es_next_set()):
             theta = self._es_perturber.theta(generation, sigma, member, out=self._es_scratch.numpy())
             self._es_write(slot, torch.from_numpy(theta))
+        if self.model_runner.device.type != "cpu":  # vLLM may run the model on a stream of its own
+            torch.accelerator.synchronize()
+        return generation, sigma, members
 
     def _es_write(self, slot: int, theta: torch.Tensor) -> None:
         theta = theta.to(self.model_runner.device)
