@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -24,12 +25,14 @@ Kind = Literal["bare", "bare, eager", "ours", "stock", "files", "merged"]
 KINDS: dict[Kind, str] = {
     "bare": "vLLM without LoRA",
     "bare, eager": "vLLM without LoRA and without torch.compile, which vLLM turns off for LoRA on CPUs",
-    "ours": "slots written in memory, tokens grouped by slot",
+    "ours": "slots written in memory, tokens grouped by slot, fused norms",
     "stock": "slots written in memory, vLLM's own LoRA arithmetic",
     "files": "a member at a time: adapter saved to files, loaded by a LoRARequest",
     "merged": "a member at a time: merged into the weights of a bare engine",
 }
 RUN_SEED, SIGMA, ALPHA = 1, 0.03, 32
+FOLDERS = 64
+"""Adapter files that are there at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def _serve(pipe: Connection, setup: Setup) -> None:
             method, args = pipe.recv()
             pipe.send((False, getattr(served, method)(*args)))
     except EOFError:  # the handle was closed
+        served.close()
         os._exit(0)  # vLLM's own farewell waits for process groups that were never asked for
     except Exception:  # noqa: BLE001 - the handle raises it
         pipe.send((True, traceback.format_exc()))
@@ -171,6 +175,7 @@ class Bare:
         answers = {}
         while engine.has_unfinished_requests():
             answers.update({output.request_id: tuple(output.outputs[0].token_ids) for output in engine.step()})
+        assert not params.ignore_eos or all(len(answer) == params.max_tokens for answer in answers.values())
         return [answers[str(number)] for number in range(len(prompts))]
 
     def theta(self, member: Any) -> Any:
@@ -210,6 +215,9 @@ class Bare:
         for number in range(members):
             self.perturber.eps(self.generation, number)
 
+    def close(self) -> None:
+        """Leave nothing behind."""
+
     def runner(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
@@ -247,7 +255,8 @@ class Slots(Bare):
         self.engine.write_slots(self.generation, SIGMA, alone(members))
 
     def whole_generation(self, members: int) -> None:
-        """Write, ask and score all members at once; then a step."""
+        """Write, ask and score all members at once; then a step, which the next generation does not begin from: every
+        one is the same work."""
         from workers.engine import Request
 
         self.generation += 1
@@ -258,19 +267,22 @@ class Slots(Bare):
         for completion in self.engine.generate(requests, self.sampling):
             slot, place = asked[completion.request]
             self.score((slot, place), self.problems[place], completion.text)
-        self.perturber.center = self.step(everyone, self.scorer.drain())
-        self.engine.set_center(self.perturber.center)
+        self.step(everyone, self.scorer.drain())
 
     def noise_sum(self, pairs: Sequence[int], weights: Sequence[float]) -> Any:
         return self.engine.noise_sum(self.generation, pairs, weights)
 
 
 class StockSlots(Slots):
-    """The same, but for vLLM's own arithmetic."""
+    """The same, but for vLLM's own arithmetic and layers."""
 
     def build(self) -> Any:
         from vllm.platforms import current_platform
 
+        from workers import cpu_tuning
+
+        cpu_tuning.install = cpu_tuning.keep_logits = lambda *_: None  # type: ignore[assignment]
+        cpu_tuning.engine_arguments = dict
         platform = type(current_platform)
         stock = platform.__dict__["get_punica_wrapper"]
         import workers.vllm_extension  # noqa: F401  replaces the arithmetic
@@ -308,7 +320,7 @@ class OneAtATime(Bare):
                 text = cut_at_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), self.sampling.stop)
                 self.score((number, place), self.problems[place], text)
             scores.update(self.scorer.drain())
-        self.perturber.center = self.step(everyone, scores)
+        self.step(everyone, scores)
 
 
 class Files(OneAtATime):
@@ -333,7 +345,10 @@ class Files(OneAtATime):
 
     def bring_in(self, member: Any) -> Any:
         self.loaded += 1
-        return self.request(self.loaded, self.save(self.loaded, member))
+        return self.request(self.loaded, self.save(self.loaded % FOLDERS, member))
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder)
 
     def save(self, number: int, member: Any) -> Path:
         folder = self.folder / str(number)

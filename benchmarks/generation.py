@@ -1,9 +1,11 @@
 """A whole generation of ES: where its time goes, and what the same one takes in the ways of public ES code.
 
 The first table is the loop of a run itself on one worker: Ray, driver, verifier process, ledger and telemetry, from
-one generation's end to the next one's. The second has the ways take turns, each in a process of its own on one thread
-of the same core, at the same members, prompts and verifier; the public ways bring in, ask and score a member at a
-time, and draw the noise again for the update.
+one generation's end to the next one's. What a worker does for the next chunk while it generates, drawing noise and
+writing slots, is part of "generate", whose core it shares; `swap.py` says what it takes. The second has the ways take
+turns, each in a process of its own on one thread of the same core, at the same members, prompts and verifier; the
+public ways bring in, ask and score a member at a time, and draw the noise again for the update. Its engines are set up
+as in `rollouts.py`. The short form has fewer prompts and rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import KINDS, Engine, Kind, Setup
-from harness import Options, Row, draw_bars, options, report, take_turns
+from harness import Row, draw_bars, options, report, take_turns
 from rollouts import MODELS, Model
 
 from es_engine import load_config, trainer
@@ -26,30 +28,32 @@ from es_engine.ledger import Ledger
 from es_engine.session import Session, gather
 from es_engine.telemetry import open_telemetry
 
-MEMBERS, PROMPTS, CHUNK = 16, 32, 16
+MEMBERS, CHUNK, SIGMA = 16, 16, 0.03
 WAYS: tuple[Kind, ...] = ("ours", "stock", "merged", "files")
-WORK = [f"method={{population: {MEMBERS}, prompts: {PROMPTS}, sigma: 0.03}}", f"engine.chunk={CHUNK}"]
 
 
 def main() -> None:
     given = options(__doc__.splitlines()[0])
-    split = [row for model in MODELS for row in phases(model, given.repeats)]
-    report(f"One worker's generation of {MEMBERS} members x {PROMPTS} prompts, by phase", split, given)
+    prompts, repeats = (8, min(3, given.repeats)) if given.short else (32, given.repeats)
+    given = replace(given, repeats=repeats)
+    split = [row for model in MODELS for row in phases(model, prompts, repeats)]
+    report(f"One worker's generation of {MEMBERS} members x {prompts} prompts, by phase", split, given)
     others = replace(given, json=given.json and given.json.with_stem(f"{given.json.stem}-ways"))
-    rows = [row for model in MODELS for row in ways(model, given)]
+    rows = [row for model in MODELS for row in ways(model, prompts, repeats)]
     report("The same generation, by way", rows, others)
     if given.plot is not None:
         bars = {model.name: {r["way"]: r["over ours"] for r in rows if r["model"] == model.name} for model in MODELS}
-        draw_bars(given.plot, f"A generation of {MEMBERS} members x {PROMPTS} prompts", "time over ours", bars)
+        draw_bars(given.plot, f"A generation of {MEMBERS} members x {prompts} prompts", "time over ours", bars)
 
 
-def config_of(model: Model, *overrides: str) -> Any:
-    return load_config(model.config[0], [*model.config[1:], *WORK, *overrides])
+def config_of(model: Model, prompts: int, *overrides: str) -> Any:
+    work = [f"method={{population: {MEMBERS}, prompts: {prompts}, sigma: {SIGMA}}}", f"engine.chunk={CHUNK}"]
+    return load_config(model.config[0], [*model.config[1:], *work, *overrides])
 
 
-def phases(model: Model, repeats: int) -> list[Row]:
+def phases(model: Model, prompts: int, repeats: int) -> list[Row]:
     """Median seconds of each phase over `repeats` generations of a run, after one to warm up."""
-    config = config_of(model, "pool.workers=1", f"budget.generations={1 + repeats}", "telemetry.console=false")
+    config = config_of(model, prompts, "pool.workers=1", f"budget.generations={1 + repeats}", "telemetry.console=false")
     found = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -89,16 +93,17 @@ def by_phase(times: dict[str, float], wall: float) -> dict[str, float]:
     }
 
 
-def ways(model: Model, given: Options) -> list[Row]:
+def ways(model: Model, prompts: int, repeats: int) -> list[Row]:
     """Whole generations by way, in turns."""
-    materials = gather(config_of(model))
-    problems, sampling = materials.problems("train", range(PROMPTS)), materials.method.chunks(0, 0.03)[0].sampling
-    engines = {kind: Engine(setup(model, materials.model, kind)) for kind in WAYS}
+    materials = gather(config_of(model, prompts))
+    problems, sampling = materials.problems("train", range(prompts)), materials.method.chunks(0, SIGMA)[0].sampling
+    engines: dict[Kind, Engine] = {}
     try:
-        for engine in engines.values():
-            engine.call("take_on", problems, sampling, materials.task.verifier)
+        for kind in WAYS:
+            engines[kind] = Engine(setup(model, materials.model, kind))
+            engines[kind].call("take_on", problems, sampling, materials.task.verifier)
         work = {kind: partial(engine.call, "whole_generation", MEMBERS) for kind, engine in engines.items()}
-        timings = take_turns(work, given.repeats)  # type: ignore[arg-type]
+        timings = take_turns(work, repeats)  # type: ignore[arg-type]
     finally:
         for engine in engines.values():
             engine.close()

@@ -108,14 +108,13 @@ def from_kept_noise(dim: int, members: int) -> Case:
 
 def in_chunks(dim: int, members: int) -> Case:
     pairs = members // 2
-    total, part = np.empty(dim, dtype=np.float32), np.empty(dim, dtype=np.float32)
+    part = np.empty(dim, dtype=np.float32)
 
     def update() -> noise.Vector:
-        total.fill(0)
+        total = np.zeros(dim, dtype=np.float32)
         for first in range(0, pairs, CHUNK_PAIRS):
             chunk = slice(first, first + CHUNK_PAIRS)
-            kept = kept_noise(dim, pairs)
-            np.add(total, kept.noise_sum(GENERATION, range(pairs)[chunk], weights(pairs)[chunk], out=part), out=total)
+            total += kept_noise(dim, pairs).noise_sum(GENERATION, range(pairs)[chunk], weights(pairs)[chunk], out=part)
         return total
 
     return update
@@ -123,7 +122,8 @@ def in_chunks(dim: int, members: int) -> Case:
 
 def from_seeds(dim: int, members: int) -> Case:
     pairs = members // 2
-    return lambda: Perturber(SEED, dim, cache_bytes=0).noise_sum(GENERATION, range(pairs), weights(pairs))
+    total = np.empty(dim, dtype=np.float32)
+    return lambda: Perturber(SEED, dim, cache_bytes=0).noise_sum(GENERATION, range(pairs), weights(pairs), out=total)
 
 
 def naive_matmul(dim: int, members: int) -> Case:
