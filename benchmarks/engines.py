@@ -120,6 +120,7 @@ class Bare:
         from workers.perturbation import Perturber
 
         self.setup = setup
+        self.sigma = SIGMA
         self.space = LoraSpace(linear_matrices(setup.model, "all-linear"), rank=setup.rank, alpha=ALPHA)
         self.perturber = Perturber(RUN_SEED, self.space.dim, cache_bytes=0)
         self.perturber.center = self.space.start()
@@ -149,14 +150,14 @@ class Bare:
         """Answer the whole load; `members` share it evenly."""
         self.answer(self.prompts(load), [None] * load.sequences, _exactly(load.new))
 
-    def take_on(self, problems: Sequence[Any], sampling: Any, verifier: Any) -> None:
-        """Get ready for whole generations in which every member answers these problems."""
+    def take_on(self, problems: Sequence[Any], sampling: Any, verifier: Any, sigma: float) -> None:
+        """Get ready for whole generations in which every member, `sigma` from the center, answers these problems."""
         from workers.prompts import load_tokenizer
         from workers.scoring import Scorer
         from workers.stops import stop_tokens
         from workers.vllm_engine import _sampling_params
 
-        self.problems, self.sampling = problems, sampling
+        self.problems, self.sampling, self.sigma = problems, sampling, sigma
         self.tokenizer = load_tokenizer(self.setup.model)
         self.params = _sampling_params(sampling, 0, stop_tokens(self.tokenizer, sampling.stop))
         self.scorer = Scorer(verifier)
@@ -180,7 +181,7 @@ class Bare:
 
     def theta(self, member: Any) -> Any:
         """A member's theta, shape (D,)."""
-        return self.perturber.theta(self.generation, SIGMA, member)
+        return self.perturber.theta(self.generation, self.sigma, member)
 
     def step(self, everyone: Sequence[Any], scores: dict[Any, Any]) -> Any:
         """The next theta, shape (D,), from the scores by (number of the member, place of the problem)."""
@@ -192,12 +193,13 @@ class Bare:
             [[scores[number, place].value for place in range(len(self.problems))] for number in range(len(everyone))]
         )
         weights = shaping.shape(rewards, "centered_rank")
-        assert weights is not None
+        if weights is None:  # no spread: a run would make no step, but here every generation is to be the same work
+            weights = np.ones(len(everyone))
         by_pair = {member.pair: 0.0 for member in everyone}
         for member, weight in zip(everyone, weights.tolist(), strict=True):
             by_pair[member.pair] += member.sign * weight
         direction = self.noise_sum(list(by_pair), list(by_pair.values()))
-        return self.perturber.center + np.float32(SIGMA / len(everyone)) * direction
+        return self.perturber.center + np.float32(self.sigma / len(everyone)) * direction
 
     def noise_sum(self, pairs: Sequence[int], weights: Sequence[float]) -> Any:
         return self.perturber.noise_sum(self.generation, pairs, weights)
@@ -252,7 +254,7 @@ class Slots(Bare):
     def write(self, members: int) -> None:
         """Fill as many slots with new members."""
         self.generation += 1
-        self.engine.write_slots(self.generation, SIGMA, alone(members))
+        self.engine.write_slots(self.generation, self.sigma, alone(members))
 
     def whole_generation(self, members: int) -> None:
         """Write, ask and score all members at once; then a step, which the next generation does not begin from: every
@@ -261,7 +263,7 @@ class Slots(Bare):
 
         self.generation += 1
         everyone = mirrored(members)
-        self.engine.write_slots(self.generation, SIGMA, everyone)
+        self.engine.write_slots(self.generation, self.sigma, everyone)
         asked = [(slot, place) for slot in range(members) for place in range(len(self.problems))]
         requests = [Request(slot, self.problems[place].prompt_ids) for slot, place in asked]
         for completion in self.engine.generate(requests, self.sampling):

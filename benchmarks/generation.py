@@ -28,7 +28,7 @@ from es_engine.ledger import Ledger
 from es_engine.session import Session, gather
 from es_engine.telemetry import open_telemetry
 
-MEMBERS, CHUNK, SIGMA = 16, 16, 0.03
+MEMBERS, CHUNK = 16, 16
 WAYS: tuple[Kind, ...] = ("ours", "stock", "merged", "files")
 
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def config_of(model: Model, prompts: int, *overrides: str) -> Any:
-    work = [f"method={{population: {MEMBERS}, prompts: {prompts}, sigma: {SIGMA}}}", f"engine.chunk={CHUNK}"]
+    work = [f"method.population={MEMBERS}", f"method.prompts={prompts}", f"engine.chunk={CHUNK}"]
     return load_config(model.config[0], [*model.config[1:], *work, *overrides])
 
 
@@ -96,12 +96,13 @@ def by_phase(times: dict[str, float], wall: float) -> dict[str, float]:
 def ways(model: Model, prompts: int, repeats: int) -> list[Row]:
     """Whole generations by way, in turns."""
     materials = gather(config_of(model, prompts))
-    problems, sampling = materials.problems("train", range(prompts)), materials.method.chunks(0, SIGMA)[0].sampling
+    sigma = materials.config.method.sigma
+    problems, sampling = materials.problems("train", range(prompts)), materials.method.chunks(0, 0.0)[0].sampling
     engines: dict[Kind, Engine] = {}
     try:
         for kind in WAYS:
             engines[kind] = Engine(setup(model, materials.model, kind))
-            engines[kind].call("take_on", problems, sampling, materials.task.verifier)
+            engines[kind].call("take_on", problems, sampling, materials.task.verifier, sigma)
         work = {kind: partial(engine.call, "whole_generation", MEMBERS) for kind, engine in engines.items()}
         timings = take_turns(work, repeats)  # type: ignore[arg-type]
     finally:
