@@ -53,6 +53,8 @@ class SlotExtension:
         self._es_ahead: Filling | None = None  # what the other set of slots already holds
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
         self._es_scratch = torch.empty(space.dim, dtype=torch.float32)
+        device = self.model_runner.device
+        self._es_staged = self._es_scratch if device.type == "cpu" else self._es_scratch.to(device)
         self._es_sum = np.empty(space.dim, dtype=np.float32)  # new memory would cost a page fault for every 4 KiB
         self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
         self._es_writing: Future[Filling] | None = None
@@ -61,6 +63,7 @@ class SlotExtension:
             for slot in range(sets * slots):
                 _write(self._es_tensors[matrix.name, "A"], slot, torch.from_numpy(pair.a), 1.0)
                 _write(self._es_tensors[matrix.name, "B"], slot, torch.from_numpy(pair.b), space.scaling)
+        self._es_copies = [self._es_copies_to(slot) for slot in range(sets * slots)]
         grouped_lora.pack_shared(manager)
         cpu_tuning.keep_logits(self.model_runner.sampler)
 
@@ -115,10 +118,21 @@ class SlotExtension:
         return generation, sigma, members
 
     def _es_write(self, slot: int, theta: torch.Tensor) -> None:
-        theta = theta.to(self.model_runner.device)
+        if theta.data_ptr() != self._es_staged.data_ptr():
+            self._es_staged.copy_(theta)
+        for place, values, target in self._es_copies[slot]:
+            torch.mul(values, self._slot_scale(place), out=target)
+
+    def _es_copies_to(self, slot: int) -> list[tuple[Placement, torch.Tensor, torch.Tensor]]:
+        """For each trained factor, this rank's share of its staged coordinates, and its place in a slot. Both are views
+        made once: to make them at every write takes longer than to write."""
+        copies = []
         for place in self._es_space.placements:
-            values = theta[place.start : place.stop].view(place.shape)
-            _write(self._es_tensors[place.matrix.name, place.factor], slot, values, self._slot_scale(place))
+            tensor = self._es_tensors[place.matrix.name, place.factor]
+            values = _shard(tensor, self._es_staged[place.start : place.stop].view(place.shape))
+            assert values.untyped_storage().data_ptr() == self._es_staged.untyped_storage().data_ptr()
+            copies.append((place, values, tensor.stack[slot, 0, : values.shape[0], : values.shape[1]]))
+        return copies
 
     def _slot_scale(self, place: Placement) -> float:
         return place.scale * (self._es_space.scaling if place.factor == "B" else 1.0)
