@@ -34,7 +34,7 @@ WAYS: tuple[Kind, ...] = ("ours", "stock", "merged", "files")
 
 def main() -> None:
     given = options(__doc__.splitlines()[0])
-    prompts, repeats = (8, min(3, given.repeats)) if given.short else (32, given.repeats)
+    prompts, repeats = (2, min(3, given.repeats)) if given.short else (32, given.repeats)
     given = replace(given, repeats=repeats)
     split = [row for model in MODELS for row in phases(model, prompts, repeats)]
     report(f"One worker's generation of {MEMBERS} members x {prompts} prompts, by phase", split, given)
