@@ -304,7 +304,8 @@ def test_a_verifier_s_own_processes_die_with_it(
     verifier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRANDCHILD", str(tmp_path / "pid"))
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=DEADLINE) as scorer:
+    # Long enough for a busy machine to start the process before the deadline ends its parent.
+    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=5 * DEADLINE) as scorer:
         scorer.submit("key", rollout("with_grandchild()"))
         assert scorer.drain()["key"].error
         wait_until_gone(int((tmp_path / "pid").read_text()))
