@@ -46,7 +46,6 @@ class Setup:
     slots: int
     max_model_len: int
     max_num_seqs: int
-    max_num_batched_tokens: int
     kv_cache_bytes: int
 
 
@@ -140,7 +139,6 @@ class Bare:
             "dtype": setup.dtype,
             "max_model_len": setup.max_model_len,
             "max_num_seqs": setup.max_num_seqs,
-            "max_num_batched_tokens": setup.max_num_batched_tokens,
             "kv_cache_memory_bytes": setup.kv_cache_bytes,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
@@ -237,7 +235,6 @@ class Slots(Bare):
             dtype=setup.dtype,
             max_model_len=setup.max_model_len,
             max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
             kv_cache_bytes=setup.kv_cache_bytes,
         )
         noise = 4 * self.space.dim * setup.slots

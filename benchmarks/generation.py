@@ -134,7 +134,6 @@ def setup(model: Model, folder: Path, kind: Kind) -> Setup:
         slots=CHUNK if kind in ("ours", "stock") else 1,
         max_model_len=model.max_model_len,
         max_num_seqs=model.max_num_seqs,
-        max_num_batched_tokens=model.max_num_batched_tokens,
         kv_cache_bytes=model.kv_cache_bytes,
     )
 

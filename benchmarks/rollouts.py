@@ -31,7 +31,6 @@ class Model:
     dtype: str
     max_num_seqs: int
     max_model_len: int = 256
-    max_num_batched_tokens: int = 16384
     kv_cache_bytes: int = 1 << 30
 
 
@@ -124,7 +123,6 @@ def setup(model: Model, folder: Path, case: Case) -> Setup:
         slots,
         max_model_len=model.max_model_len,
         max_num_seqs=model.max_num_seqs,
-        max_num_batched_tokens=model.max_num_batched_tokens,
         kv_cache_bytes=model.kv_cache_bytes,
     )
 

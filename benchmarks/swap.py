@@ -51,7 +51,6 @@ def measure(model: Model, counts: tuple[int, ...], given: Options) -> list[Row]:
                 slots=max(counts),
                 max_model_len=model.max_model_len,
                 max_num_seqs=model.max_num_seqs,
-                max_num_batched_tokens=model.max_num_batched_tokens,
                 kv_cache_bytes=model.kv_cache_bytes,
             )
         )

@@ -129,7 +129,6 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
             dtype=engine.dtype,
             max_model_len=engine.max_model_len,
             max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
             kv_cache_bytes=_kv_cache_bytes(engine.kv_cache_gib),
             gpu_memory_utilization=engine.gpu_memory_utilization,
             block_size=engine.block_size,

@@ -34,7 +34,6 @@ class VllmOptions:
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int | None = None
@@ -160,7 +159,6 @@ def _llm_arguments(space: LoraSpace, slots: int, options: VllmOptions) -> dict[s
     arguments = {
         "dtype": options.dtype,
         "max_num_seqs": options.max_num_seqs,
-        "max_num_batched_tokens": options.max_num_batched_tokens,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "tensor_parallel_size": options.tensor_parallel,
         "enforce_eager": options.enforce_eager,

@@ -26,9 +26,6 @@ class VllmEngineConfig(ConfigModel):
         default=None, description="Most tokens of prompt and completion; null: the model's."
     )
     max_num_seqs: PositiveInt = Field(default=256, description="Sequences that are generated at the same time.")
-    max_num_batched_tokens: PositiveInt | None = Field(
-        default=None, description="Tokens of prompts read in one step; null: vLLM's choice."
-    )
     kv_cache_gib: PositiveFloat | None = Field(
         default=None, description="Size of the KV cache in GiB; null: on a GPU, what gpu_memory_utilization leaves."
     )
