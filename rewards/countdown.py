@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 
 from rewards import prompts
 from rewards.base import Example, Rollout, Score, Split, Verifier, VerifierSpec, register
-from rewards.countdown_problems import Generator, Problems, Row, RowFiles, solve
+from rewards.countdown_problems import filed, generated, solve
 from rewards.expressions import OPERATIONS, Expression, ExpressionError, evaluate, literals, parse, to_text
+from rewards.problems import Problems, Row
 
 Template = Literal["plain", "few_shot", "chat", "r1", "dataset"]
 Form = Literal["plain", "r1"]
@@ -77,10 +78,10 @@ class Countdown:
         self._template, self._shots = template, shots
         self._problems: Problems
         if data is None:
-            self._problems = Generator(numbers, low, high, operations, targets, seed)
+            self._problems = generated(numbers, low, high, operations, targets, seed)
         else:
             heldout_path = None if heldout_data is None else Path(heldout_data)
-            self._problems = RowFiles(Path(data), heldout_path, template == "dataset", seed)
+            self._problems = filed(Path(data), heldout_path, template == "dataset", seed)
         for split in get_args(Split):
             self.example(split, 0)  # settings that allow no problem are refused here, not in the middle of a run
 

@@ -142,7 +142,7 @@ def test_a_wrong_import_is_found(module: str, source: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("es_engine.config.task", "from rewards.base import register\nimport es_engine.noise"),
+        ("es_engine.config.tasks", "from rewards.base import register\nimport es_engine.noise"),
         ("es_engine.methods.es", "import workers.pool, torch\nfrom es_engine.spaces import lora"),
         ("workers.scoring_child", "import json, os.path\nfrom rewards.base import VerifierSpec"),
         ("es_engine.cli", "from es_engine import train"),

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from es_engine.config.task import CountdownTaskConfig
+from es_engine.config.tasks import CountdownTaskConfig
 from rewards.countdown_problems import split_of
 from rewards.expressions import evaluate, literals, parse
 from rewards.prompts import PLAIN_ALPHABET

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from es_engine.config.task import CountdownTaskConfig
+from es_engine.config.tasks import CountdownTaskConfig
 from rewards.base import Task
 from rewards.countdown import Countdown
 from rewards.countdown_problems import split_of

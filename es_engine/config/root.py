@@ -16,7 +16,7 @@ from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
 from es_engine.config.reflection import default_kinds
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.task import CountdownTaskConfig
+from es_engine.config.tasks import TaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
 VLLM_MAX_RANK = 512  # vllm.config.lora.MaxLoRARanks
@@ -32,7 +32,7 @@ class Config(ConfigModel):
     space: LoraSpaceConfig = Field(default=LoraSpaceConfig(), description="What theta is.")
     method: EsMethodConfig = Field(default=EsMethodConfig(), description="How a direction for theta is found.")
     optimizer: OptimizerConfig = Field(description="How theta steps along the direction.")
-    task: CountdownTaskConfig = Field(description="The problems and how answers to them are scored.")
+    task: TaskConfig = Field(description="The problems and how answers to them are scored.")
     pool: PoolConfig = Field(default=PoolConfig(), description="The workers and where they run.")
     engine: EngineConfig = Field(default=VllmEngineConfig(), description="What generates the completions.")
     budget: BudgetConfig = Field(description="When the run ends.")

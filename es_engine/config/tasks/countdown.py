@@ -1,4 +1,4 @@
-"""The task axis: the problems and how answers to them are scored."""
+"""The config of Countdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Text
+from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveInt, Text
+from es_engine.config.tasks.base import TaskConfigModel
 from rewards.base import Task
 from rewards.countdown import Countdown
 
@@ -23,7 +24,7 @@ class CountdownWeightsConfig(ConfigModel):
     solved: NonNegativeFloat = Field(default=0.7, description="Weight of an exact solution.")
 
 
-class CountdownTaskConfig(ConfigModel):
+class CountdownTaskConfig(TaskConfigModel):
     """Countdown: write an expression of the given numbers, each exactly once, that equals the target."""
 
     kind: Literal["countdown"] = Field(default="countdown", description="Reach a target with all the given numbers.")
@@ -38,26 +39,12 @@ class CountdownTaskConfig(ConfigModel):
         default="few_shot", description="Form of the prompt; dataset takes each row's own, under context."
     )
     shots: Annotated[int, Field(ge=0, le=4)] = Field(default=2, description="Worked lines in a few_shot prompt.")
-    seed: Seed = Field(default=0, description="Keys the choice and order of the problems.")
-    max_tokens: PositiveInt | None = Field(
-        default=None, description="Tokens a completion may have; null: what suits the template."
-    )
-    stop: Annotated[tuple[Text, ...], Field(strict=False)] | None = Field(
-        default=None, description="Texts that end a completion; null: what suits the template."
-    )
     data: Text | None = Field(default=None, description="File of problems, JSON lines; null: generated problems.")
     heldout_data: Text | None = Field(
         default=None, description="File of held-out problems; null: three in ten problems of data are held out."
     )
-    verifier: Text | None = Field(
-        default=None, description="Your own: path/to/file.py:function or package.module:function; null: countdown."
-    )
     weights: CountdownWeightsConfig | None = Field(
         default=None, description="Weights of the components of countdown's reward; null: .1, .2 and .7."
-    )
-    deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
-    memory_gb: PositiveFloat | None = Field(
-        default=None, description="Memory in GB a scoring process may use; null: no limit."
     )
 
     def build(self) -> Task:

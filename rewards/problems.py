@@ -1,0 +1,163 @@
+"""Random access to the training and the held-out problems of a task, drawn by a seeded generator or read from files.
+
+A problem is a row of plain data. Its key is a text that two rows share exactly where they are the same problem; a hash
+of the key assigns it to a split, the same for every seed and source, so the two splits can never share a problem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rewards.base import Split
+
+Row = dict[str, Any]
+Key = Callable[[Row], str]
+_T = TypeVar("_T")
+
+HELDOUT_SHARE = 0.3
+MAX_DRAWS = 20_000
+"""Draws before a generator says that its settings allow no problem."""
+_BLOCK = 1024  # held-out problems among which none is repeated, while there are enough
+_FRESH_TRIES = 64  # draws of a held-out problem before a repeat is accepted
+
+
+class Problems(Protocol):
+    """Random access to both splits, without end."""
+
+    def row(self, split: Split, index: int) -> Row: ...
+
+
+class DrawnProblems:
+    """Random problems. `draw` makes one of a stream of random numbers, or None where the draw came to nothing.
+
+    A training problem depends on (seed, index) alone, and may come again. Held-out problems differ from one another
+    within each 1,024 indices (0 to 1023, 1024 to 2047, ...) unless the settings allow too few: a repeat is accepted
+    after 64 draws. To know one, all before it in its 1,024 are made, once. Where 20,000 draws give no problem of a
+    split, `row` raises ValueError with what `settings` says of them.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[random.Random], Row | None],
+        key: Key,
+        seed: int,
+        settings: str,
+        split_of: Callable[[str], Split] | None = None,
+    ) -> None:
+        self._draw_row, self._key, self._seed, self._settings = draw, key, seed, settings
+        self._split_of = split_of or split_of_key
+        self._heldout: dict[int, tuple[list[Row], set[str]]] = {}
+
+    def row(self, split: Split, index: int) -> Row:
+        if split == "train":
+            return self._draw(split, stream(self._seed, split, index))
+        block, position = divmod(index, _BLOCK)
+        rows, known = self._heldout.setdefault(block, ([], set()))
+        while len(rows) <= position:
+            row = self._draw_fresh(stream(self._seed, split, block, len(rows)), known)
+            rows.append(row)
+            known.add(self._key(row))
+        return rows[position]
+
+    def _draw_fresh(self, numbers: random.Random, known: set[str]) -> Row:
+        for _ in range(_FRESH_TRIES):
+            row = self._draw("heldout", numbers)
+            if self._key(row) not in known:
+                break
+        return row
+
+    def _draw(self, split: Split, numbers: random.Random) -> Row:
+        for _ in range(MAX_DRAWS):
+            row = self._draw_row(numbers)
+            if row is not None and self._split_of(self._key(row)) == split:
+                return row
+        raise ValueError(f"task: {MAX_DRAWS} draws gave no {split} problem with {self._settings}; widen one of them")
+
+
+class FiledProblems:
+    """Problems that were read from files. Rows without a `heldout` file beside them are split by hash; with one,
+    training rows whose problem is in the held-out file are left out. Each epoch goes through a split in an order of
+    its own, keyed by (seed, epoch). Raises ValueError, naming `source`, where a split is left without a row."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        heldout: Sequence[Row] | None,
+        key: Key,
+        seed: int,
+        source: str,
+        split_of: Callable[[str], Split] | None = None,
+    ) -> None:
+        split_of = split_of or split_of_key
+        held = [row for row in rows if split_of(key(row)) == "heldout"] if heldout is None else list(heldout)
+        known = {key(row) for row in held}
+        self._rows = {"train": [row for row in rows if key(row) not in known], "heldout": held}
+        for split, those in self._rows.items():
+            if not those:
+                raise ValueError(f"task.data: {source} leaves no row for the {split} split; give it more rows")
+        self._seed = seed
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+
+    def row(self, split: Split, index: int) -> Row:
+        rows = self._rows[split]
+        epoch, position = divmod(index, len(rows))
+        if self._orders.get(split, (-1, []))[0] != epoch:
+            order = sorted(range(len(rows)), key=lambda row: digest(self._seed, split, epoch, row))
+            self._orders[split] = epoch, order
+        return rows[self._orders[split][1][position]]
+
+
+def split_of_key(key: str) -> Split:
+    """The split of a problem by its key: three in ten are held out."""
+    return "heldout" if int.from_bytes(digest(key)[:8], "big") / 2**64 < HELDOUT_SHARE else "train"
+
+
+def read_records(path: Path, field: str) -> list[tuple[str, Any]]:
+    """The records of a file of JSON lines or of one JSON list, each with its place for error messages.
+
+    Raises ValueError naming `field`, file and line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{field}: no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if text.lstrip().startswith("["):
+        records = _json(text, f"{field}: {path}")
+        return [(f"{field}: {path}, row {number}", record) for number, record in enumerate(records, 1)]
+    lines = [(f"{field}: {path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
+    return [(place, _json(line, place)) for place, line in lines if line.strip()]
+
+
+def digest(*key: object) -> bytes:
+    """16 bytes that depend on every part of the key."""
+    return hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+
+
+def stream(*key: object) -> random.Random:
+    """Random numbers keyed by anything."""
+    return random.Random(int.from_bytes(digest(*key), "big"))
+
+
+def below(numbers: random.Random, bound: int) -> int:
+    """A random whole number from 0 to bound - 1."""
+    # Of random.Random's methods only random() is promised to give the same numbers in every version of Python.
+    return int(numbers.random() * bound)
+
+
+def pick(numbers: random.Random, choices: Sequence[_T]) -> _T:
+    """One of the choices, at random."""
+    return choices[below(numbers, len(choices))]
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error})") from None
