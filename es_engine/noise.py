@@ -36,9 +36,16 @@ def draw(
     eps = np.empty(dim, dtype=np.float32) if out is None else out
     assert eps.shape == (dim,)
     assert eps.flags.c_contiguous
-    for index, start, stop in blocks(dim):
-        fill_block(eps[start:stop], run_seed, generation, pair, first_block + index)
+    for _ in fill(eps, run_seed, generation, pair, first_block):
+        pass
     return eps
+
+
+def fill(out: Vector, run_seed: int, generation: int, pair: int, first_block: int = 0) -> Iterator[int]:
+    """Fill `out` as `draw` does, and say after each block how many of its values are there."""
+    for index, start, stop in blocks(len(out)):
+        fill_block(out[start:stop], run_seed, generation, pair, first_block + index)
+        yield stop
 
 
 def blocks(dim: int) -> Iterator[tuple[int, int, int]]:

@@ -207,11 +207,13 @@ def test_vllm_with_slots_never_written_is_refused(
     with_reference: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from workers.slot_writers import FusedWriter
+
     space = build_space(random_llama)
     vllm_engine.set_center(space.start())
     for _ in range(2):  # it has two sets of slots
         vllm_engine.write_slots(0, 1.0, [CENTER, CENTER])
-    monkeypatch.setattr("workers.vllm_extension.SlotExtension._es_write", lambda self, slot, theta: None)
+    monkeypatch.setattr(FusedWriter, "write", lambda self, slot, *member: None)
     with pytest.raises(ValueError, match=r"^canary: "):
         canary.check(vllm_engine, space, random_prompts(), half_reference if with_reference else None)
 
@@ -220,14 +222,14 @@ def test_vllm_with_slots_never_written_is_refused(
 def test_vllm_that_writes_only_one_set_of_slots_is_refused(
     vllm_engine: Any, random_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers.vllm_extension import SlotExtension
+    from workers.slot_writers import FusedWriter
 
     space = build_space(random_llama)
     vllm_engine.set_center(space.start())
     for _ in range(2):
         vllm_engine.write_slots(0, 1.0, [CENTER, CENTER])
-    write = SlotExtension._es_write
-    monkeypatch.setattr(SlotExtension, "_es_write", lambda self, slot, theta: slot < 2 and write(self, slot, theta))
+    write = FusedWriter.write
+    monkeypatch.setattr(FusedWriter, "write", lambda self, slot, *member: slot < 2 and write(self, slot, *member))
     with pytest.raises(ValueError, match=r"^canary: "):
         canary.check(vllm_engine, space, random_prompts(), None)
 
@@ -236,9 +238,16 @@ def test_vllm_that_writes_only_one_set_of_slots_is_refused(
 def test_vllm_that_scales_twice_is_refused(
     vllm_engine: Any, random_llama: Path, half_reference: HfEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers.vllm_extension import SlotExtension
+    from workers.slot_writers import FusedWriter
 
-    once = SlotExtension._slot_scale
-    monkeypatch.setattr(SlotExtension, "_slot_scale", lambda self, place: once(self, place) * self._es_space.scaling)
+    space = build_space(random_llama)
+    write = FusedWriter.write
+
+    def write_twice_scaled(self: Any, *member: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_scales", self._scales * np.float32(space.scaling))
+            write(self, *member)
+
+    monkeypatch.setattr(FusedWriter, "write", write_twice_scaled)
     with pytest.raises(ValueError, match=r"^canary: the engine differs from the reference"):
-        canary.check(vllm_engine, build_space(random_llama), random_prompts(), half_reference)
+        canary.check(vllm_engine, space, random_prompts(), half_reference)

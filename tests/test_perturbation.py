@@ -48,15 +48,15 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
     """What is drawn from here on, as (generation, pair, in the background); pair 13 cannot be drawn there."""
     draws: list[tuple[int, int, bool]] = []
 
-    def draw(run_seed: int, generation: int, pair: int, *args: object, **options: object) -> Vector:
+    def fill(out: Vector, run_seed: int, generation: int, pair: int, *rest: int) -> Iterator[int]:
         ahead = threading.current_thread() is not threading.main_thread()
         draws.append((generation, pair, ahead))
         if pair == 13 and ahead:
             raise MemoryError("no room for pair 13")
-        return original(run_seed, generation, pair, *args, **options)  # type: ignore[arg-type]
+        return original(out, run_seed, generation, pair, *rest)
 
-    original = noise.draw
-    monkeypatch.setattr(noise, "draw", draw)
+    original = noise.fill
+    monkeypatch.setattr(noise, "fill", fill)
     return draws
 
 

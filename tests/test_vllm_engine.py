@@ -465,7 +465,7 @@ def test_a_write_ahead_that_fails_is_told_and_never_taken_for_done(
 ) -> None:
     requests = [Request(0, prompt) for prompt in random_prompts(9, 20)]
     with monkeypatch.context() as patch:
-        patch.setattr("workers.vllm_extension.SlotExtension._slot_scale", lambda self, place: 1 / 0)
+        patch.setattr("workers.slot_writers.FusedWriter.write", lambda self, *member: 1 / 0)
         engine.prepare(0, SIGMA, MEMBERS[3:])
         with pytest.raises(ZeroDivisionError):
             engine.write_slots(0, SIGMA, MEMBERS[3:])

@@ -8,7 +8,7 @@ depend neither on the place of a coordinate in memory nor on the number of threa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -56,13 +56,23 @@ class Perturber:
 
     def eps(self, generation: int, pair: int) -> Vector:
         """The noise of a pair, shape (D,); read only, and only until the next call."""
+        *_, (eps, _) = self.growing_eps(generation, pair)
+        return eps
+
+    def growing_eps(self, generation: int, pair: int) -> Iterator[tuple[Vector, int]]:
+        """The noise of a pair, shape (D,), as often as more of it is there, and how many coordinates are: what was
+        drawn last is still in the cache."""
         self._collect()
         self._generation = generation
         key = (generation, pair)
         if self._held(key) is None:
-            self._kept[key] = self._draw(key, self._make_room())
+            eps = self._make_room()
+            eps = np.empty(self.dim, dtype=np.float32) if eps is None else eps
+            for there in noise.fill(eps, self.run_seed, *key):
+                yield eps, there
+            self._kept[key] = eps
         self._kept.move_to_end(key)
-        return self._kept[key]
+        yield self._kept[key], self.dim
 
     def theta(self, generation: int, sigma: float, member: Member, out: Vector | None = None) -> Vector:
         """A member's own theta: center + sign * sigma * eps, in float32, shape (D,); read only without `out`."""

@@ -23,10 +23,6 @@ SECOND_SET_BYTES = 1 << 30
 """Most bytes of slots, in float32, when there are two sets of them: one to generate from, one to be written."""
 
 
-ALIGNED = 32
-"""Numbers of half precision in a cache line."""
-
-
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
     """How vLLM is started. None leaves a choice to vLLM, or to the space, where noted."""
@@ -146,13 +142,9 @@ class VllmEngine:
 
 
 def _sets(space: LoraSpace, slots: int) -> int:
-    """Two sets of slots where memory allows, and where both lie at the same place in a cache line: which of them a
-    chunk is in must not change its products' bits."""
+    """Two sets of slots where memory allows."""
     slot_bytes = space.adapter_bytes // space.rank * slot_rank(space.rank)
-    aligned = all(
-        size % ALIGNED == 0 for matrix in space.matrices for size in (matrix.in_features, matrix.out_features)
-    )
-    return 2 if aligned and 2 * slots * slot_bytes <= SECOND_SET_BYTES else 1
+    return 2 if 2 * slots * slot_bytes <= SECOND_SET_BYTES else 1
 
 
 def _llm_arguments(space: LoraSpace, slots: int, options: VllmOptions) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from es_engine.spaces.lora import Factor, LoraSpace, Placement, Train
 from workers import cpu_tuning, grouped_lora
 from workers.engine import Filling, Member, Vector, pairs_of
 from workers.perturbation import Perturber
+from workers.slot_writers import FusedWriter, Place, SlotWriter, StagedWriter
 
 # Here, because every rank imports this module before it builds its layers.
 cpu_tuning.install()
@@ -45,16 +46,13 @@ class SlotExtension:
         """Claim all slots for good, `sets` times `slots` of them, and write the factors that are not trained."""
         _claim_slots(self.model_runner.lora_manager, sets * slots)
         manager = self.model_runner.lora_manager._adapter_manager
-        grouped_lora.stack_slots(manager, shared=_untrained(space))
+        memory = grouped_lora.stack_slots(manager, shared=_untrained(space))
         self._es_space = space
         self._es_slots, self._es_sets = slots, sets
         self._es_first = 0
         self._es_generation = -1
         self._es_ahead: Filling | None = None  # what the other set of slots already holds
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
-        self._es_scratch = torch.empty(space.dim, dtype=torch.float32)
-        device = self.model_runner.device
-        self._es_staged = self._es_scratch if device.type == "cpu" else self._es_scratch.to(device)
         self._es_sum = np.empty(space.dim, dtype=np.float32)  # new memory would cost a page fault for every 4 KiB
         self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
         self._es_writing: Future[Filling] | None = None
@@ -63,7 +61,12 @@ class SlotExtension:
             for slot in range(sets * slots):
                 _write(self._es_tensors[matrix.name, "A"], slot, torch.from_numpy(pair.a), 1.0)
                 _write(self._es_tensors[matrix.name, "B"], slot, torch.from_numpy(pair.b), space.scaling)
-        self._es_copies = [self._es_copies_to(slot) for slot in range(sets * slots)]
+        places = [self._es_place(placement) for placement in space.placements]
+        self._es_writer: SlotWriter = (
+            StagedWriter(places, space.dim, self.model_runner.device)
+            if memory is None
+            else FusedWriter(places, space.rank, memory)
+        )
         grouped_lora.pack_shared(manager)
         cpu_tuning.keep_logits(self.model_runner.sampler)
 
@@ -111,31 +114,19 @@ class SlotExtension:
     def _es_write_set(self, generation: int, sigma: float, members: tuple[Member, ...]) -> Filling:
         """Write members into the set of slots that is not in use; what it then holds."""
         for slot, member in enumerate(members, start=self._es_next_set()):
-            theta = self._es_perturber.theta(generation, sigma, member, out=self._es_scratch.numpy())
-            self._es_write(slot, torch.from_numpy(theta))
+            self._es_writer.write(slot, self._es_perturber, generation, sigma, member)
         if self.model_runner.device.type != "cpu":  # vLLM may run the model on a stream of its own
             torch.accelerator.synchronize()
         return generation, sigma, members
 
-    def _es_write(self, slot: int, theta: torch.Tensor) -> None:
-        if theta.data_ptr() != self._es_staged.data_ptr():
-            self._es_staged.copy_(theta)
-        for place, values, target in self._es_copies[slot]:
-            torch.mul(values, self._slot_scale(place), out=target)
-
-    def _es_copies_to(self, slot: int) -> list[tuple[Placement, torch.Tensor, torch.Tensor]]:
-        """For each trained factor, this rank's share of its staged coordinates, and its place in a slot. Both are views
-        made once: to make them at every write takes longer than to write."""
-        copies = []
-        for place in self._es_space.placements:
-            tensor = self._es_tensors[place.matrix.name, place.factor]
-            values = _shard(tensor, self._es_staged[place.start : place.stop].view(place.shape))
-            assert values.untyped_storage().data_ptr() == self._es_staged.untyped_storage().data_ptr()
-            copies.append((place, values, tensor.stack[slot, 0, : values.shape[0], : values.shape[1]]))
-        return copies
-
-    def _slot_scale(self, place: Placement) -> float:
-        return place.scale * (self._es_space.scaling if place.factor == "B" else 1.0)
+    def _es_place(self, placement: Placement) -> Place:
+        """Where this rank's share of a trained factor goes."""
+        tensor = self._es_tensors[placement.matrix.name, placement.factor]
+        share = _shard(tensor, torch.arange(placement.start, placement.stop).view(placement.shape))
+        rows, columns = share.shape
+        scale = placement.scale * (self._es_space.scaling if placement.factor == "B" else 1.0)
+        targets = tensor.stack[:, 0, :rows, :columns]
+        return Place(int(share[0, 0]), placement.stop, share.stride(0), scale, targets)
 
 
 def _untrained(space: LoraSpace) -> Factor | None:
