@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, SupportsFloat, TypeGuard
+from typing import Any, Literal, Protocol, SupportsFloat, TypeGuard, TypeVar, get_args
+
+ENTRY_POINTS = "es_engine.verifiers"
+"""The group of entry points under which a package ships verifiers."""
 
 Split = Literal["train", "heldout"]
 Message = dict[str, str]
@@ -29,7 +34,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A prompt and what the model made of it; what a verifier sees. `info` is the whole data row."""
+    """A prompt and what the model made of it; what a verifier sees. `info` is the whole data row.
+
+    `prompt` is as the model read it; `messages` are the same as a chat, None where the task gives plain text.
+    `finish_reason` is "stop", "length" (max_tokens) or "repetition" (max_repeats).
+    """
 
     prompt: str
     completion: str
@@ -38,6 +47,11 @@ class Rollout:
     messages: tuple[Message, ...] | None = None
     token_ids: tuple[int, ...] = ()
     finish_reason: str = "stop"
+
+    @property
+    def completion_messages(self) -> tuple[Message, ...]:
+        """The completion as a chat: one message of the assistant."""
+        return ({"role": "assistant", "content": self.completion},)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +68,17 @@ class Score:
     error: str | None = None
 
 
-Verifier = Callable[[Rollout], Score | float | None]
+class InvalidScore(Score):
+    """In place of a verdict that is no score."""
+
+
+Verdict = Score | float | None
+Takes = Literal["rollout", "batch", "group"]
+Verifier = Callable[[Rollout], Verdict | Awaitable[Verdict]] | Callable[[list[Rollout]], Any]
+"""A function, async or not, of a rollout; or of a list of rollouts, one verdict each, if the decorator `verifier` says
+so."""
 VerifierFactory = Callable[..., Verifier]
+_V = TypeVar("_V", bound=Callable[..., Any])
 
 
 class Task(Protocol):
@@ -74,8 +97,9 @@ class Task(Protocol):
 class VerifierSpec:
     """A verifier by name, so that it can cross a process boundary as plain data.
 
-    `name` is a registered verifier, `path/to/file.py:function` or `package.module:function`; `options` are keyword
-    arguments of the registered verifier's factory (a user's own function takes none).
+    `name` is a registered verifier, one that an installed package ships (entry point of the group
+    `es_engine.verifiers`), `path/to/file.py:function` or `package.module:function`; `options` are keyword arguments of
+    a registered verifier's factory (a user's own function takes none).
     """
 
     name: str
@@ -83,15 +107,55 @@ class VerifierSpec:
 
     def load(self) -> Verifier:
         """Find the verifier. Raises ValueError, naming the file or function, where there is none."""
-        if ":" not in self.name:
-            if self.name not in _REGISTRY:
-                known = ", ".join(sorted(_REGISTRY))
-                raise ValueError(
-                    f"verifier: no verifier is called {self.name!r}; accepted are {known}, "
-                    "path/to/file.py:function and package.module:function"
-                )
-            return _REGISTRY[self.name](**self.options)
-        return _load_function(self.name)
+        return _load_function(self.name) if ":" in self.name else _by_name(self.name)(**self.options)
+
+
+def verifier(name: str | None = None, *, takes: Takes = "rollout") -> Callable[[_V], _V]:
+    """Decorator: make a verifier known under a name, and say what it takes.
+
+    `rollout`: one rollout. `batch`: a list of any rollouts, for verifiers that are cheaper for many at once. `group`:
+    a list of all completions of one prompt by one member. Of a list, the verdicts are a list as long.
+    """
+    if takes not in get_args(Takes):
+        raise ValueError(f"verifier: takes is {takes!r}; accepted are {', '.join(get_args(Takes))}")
+
+    def add(function: _V) -> _V:
+        function.takes = takes  # type: ignore[attr-defined]
+        if name is not None:
+            register(name)(lambda: function)
+        return function
+
+    return add
+
+
+def takes(verifier: Verifier) -> Takes:
+    """What a verifier is called with."""
+    return getattr(verifier, "takes", "rollout")
+
+
+async def judge(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
+    """The scores of rollouts, by a verifier of any kind. Raises what the verifier raises, and TypeError where it does
+    not answer a list of rollouts with as many verdicts."""
+    if takes(verifier) == "rollout":
+        return [as_score(await _answer(verifier(rollout))) for rollout in rollouts]  # type: ignore[arg-type]
+    verdicts = await _answer(verifier(list(rollouts)))  # type: ignore[arg-type]
+    if not isinstance(verdicts, Sequence) or len(verdicts) != len(rollouts):
+        raise TypeError(f"it answered {len(rollouts)} rollouts with {verdicts!r:.60}, not with a list as long")
+    return [as_score(verdict) for verdict in verdicts]
+
+
+def judge_now(
+    verifier: Verifier, rollouts: Sequence[Rollout], run: Callable[[Coroutine[Any, Any, Any]], Any]
+) -> list[Score]:
+    """The same outside of an event loop. `run` starts one, where it must: that costs more than a quick verifier."""
+    if takes(verifier) != "rollout":
+        return run(judge(verifier, rollouts))
+    verdicts: list[Any] = [verifier(rollout) for rollout in rollouts]  # type: ignore[arg-type]
+    return [as_score(run(_answer(each)) if inspect.isawaitable(each) else each) for each in verdicts]
+
+
+async def _answer(answer: Any) -> Any:
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 def register(name: str) -> Callable[[VerifierFactory], VerifierFactory]:
@@ -110,7 +174,7 @@ _REGISTRY: dict[str, VerifierFactory] = {}
 
 
 def as_score(verdict: object) -> Score:
-    """Make a Score of what a verifier returned: a Score, a number or None; anything else is an error score."""
+    """Make a Score of what a verifier returned: a Score, a number or None; anything else is an InvalidScore."""
     if verdict is None:
         return Score(None)
     if isinstance(verdict, Score):
@@ -126,9 +190,24 @@ def _is_finite(value: object) -> TypeGuard[SupportsFloat]:
     return bool(magnitude <= sys.float_info.max)
 
 
-def _no_score(value: object) -> Score:
+def _no_score(value: object) -> InvalidScore:
     what = str(float(value)) if isinstance(value, float) else type(value).__name__
-    return Score(None, error=f"the verifier returned {what}, not a Score, a finite number or None")
+    return InvalidScore(None, error=f"the verifier returned {what}, not a Score, a finite number or None")
+
+
+def _by_name(name: str) -> VerifierFactory:
+    """The factory of a registered verifier, or of one that an installed package ships."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    shipped = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    if name not in shipped.names:
+        known = ", ".join(sorted({*_REGISTRY, *shipped.names}))
+        raise ValueError(
+            f"verifier: no verifier is called {name!r}; accepted are {known}, "
+            "path/to/file.py:function and package.module:function"
+        )
+    function = shipped[name].load()
+    return _REGISTRY.get(name, lambda: function)  # a decorator of its own may have registered it
 
 
 def _load_function(name: str) -> Verifier:

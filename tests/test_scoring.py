@@ -9,19 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rewards.base import Rollout, Score, VerifierSpec
-from workers.scoring import MAX_REPLY, WINDOW, Scorer
+from workers.scoring import BATCH, MAX_REPLY, WINDOW, Scorer
 
 DEADLINE = 0.5  # seconds: enough for an innocent verifier on a busy machine
 
 VERIFIER = '''
 import asyncio, ctypes, json, math, os, re, signal, socket, subprocess, sys, time
-from rewards.base import Score
+from rewards.base import Score, verifier
 
 hoard = []
 
@@ -65,6 +66,20 @@ async def later():
 async def fail_later():
     await asyncio.sleep(0.01)
     raise KeyError("async")
+
+@verifier(takes="batch")
+async def longest_first(rollouts):
+    await asyncio.sleep(0)
+    return [len(rollouts)] * len(rollouts)
+
+@verifier(takes="group")
+def ranks(rollouts):
+    if any(rollout.completion == "hang" for rollout in rollouts):
+        time.sleep(1000)
+    if any(rollout.completion == "short" for rollout in rollouts):
+        return [0.0]
+    lengths = sorted(len(rollout.completion) for rollout in rollouts)
+    return [None if rollout.completion == "" else lengths.index(len(rollout.completion)) for rollout in rollouts]
 
 def score(rollout):
     return eval(rollout.completion)  # the tests' own text
@@ -189,7 +204,7 @@ def test_a_failure_costs_one_rollout(scorer: Scorer, completion: str, kind: str,
 )
 def test_scores_of_sound_verdicts(scorer: Scorer, completion: str, expected: Score) -> None:
     assert score_among_neighbours(scorer, completion) == expected
-    assert not scorer.failures
+    assert scorer.failures == ({"no score": 1} if expected.value is None else {})
 
 
 def test_what_a_verifier_prints_goes_to_stderr(verifier_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -202,9 +217,9 @@ def test_what_a_verifier_prints_goes_to_stderr(verifier_file: Path, capfd: pytes
 def test_a_deadline_counts_from_the_start_of_its_rollout(scorer: Scorer) -> None:
     nap = DEADLINE / 4
     for key in range(8):
-        scorer.submit(key, rollout(f"time.sleep({nap})"))
+        scorer.submit(key, rollout(f"time.sleep({nap}) or 1"))
     started = time.monotonic()
-    assert all(score == Score(None) for score in scorer.drain().values())
+    assert all(score == Score(1.0) for score in scorer.drain().values())
     assert not scorer.failures
     assert time.monotonic() - started > 1.5 * DEADLINE
 
@@ -332,6 +347,34 @@ def test_processes_share_slow_rollouts(verifier_file: Path) -> None:
         scores = scorer.drain()
         assert time.monotonic() - started < 1.4
         assert sum(score == scores["slow"] for score in scores.values()) <= 2
+
+
+def test_a_batch_verifier_sees_many_rollouts_at_once(verifier_file: Path) -> None:
+    with Scorer(VerifierSpec(f"{verifier_file}:longest_first")) as scorer:
+        scorer.submit_group(range(100), [rollout(str(key)) for key in range(100)])
+        sizes = [score.value for score in scorer.drain().values()]
+    assert max(size for size in sizes if size is not None) == BATCH
+
+
+def test_a_group_verifier_sees_a_group(verifier_file: Path) -> None:
+    with Scorer(VerifierSpec(f"{verifier_file}:ranks"), deadline=DEADLINE) as scorer:
+        scorer.submit_group("abc", [rollout("long"), rollout(""), rollout("longer")])
+        scorer.submit_group("de", [rollout("hang"), rollout("with it")])
+        scorer.submit_group("fg", [rollout("short"), rollout("with it")])
+        scorer.submit("h", rollout("alone"))
+        scores = scorer.drain()
+    assert [scores[key].value for key in "abch"] == [1, None, 2, 0]
+    assert all("took longer than 1 s" in str(scores[key].error) for key in "de")
+    assert all("answered 2 rollouts with [0.0], not with a list as long" in str(scores[key].error) for key in "fg")
+    assert scorer.failures == {"no score": 1, "timeout": 2, "exception": 2}
+
+
+def test_children_are_replaced_after_a_while(verifier_file: Path) -> None:
+    with Scorer(VerifierSpec(f"{verifier_file}:score"), recycle=5) as scorer:
+        for key in range(12):
+            scorer.submit(key, rollout("os.getpid()"))
+        pids = [score.value for score in scorer.drain().values()]
+    assert sorted(Counter(pids).values()) == [2, 5, 5]
 
 
 def test_submit_does_not_wait(scorer: Scorer) -> None:

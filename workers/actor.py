@@ -93,7 +93,7 @@ class Worker:
         return self._engine.noise_sum(generation, pairs, weights)
 
     def _generate(self, chunk: Chunk, batch: Sequence[Problem]) -> list[Completion]:
-        """Generate a chunk, handing each completion to the scorer as soon as it is done."""
+        """Generate a chunk, handing a prompt's completions to the scorer as soon as they are done."""
         asked = _questions(chunk)
         seed = self._setup.config.seed
         requests = [
@@ -101,10 +101,15 @@ class Worker:
             for slot, place in asked
         ]
         completions = []
+        samples: dict[int, list[Completion]] = {}
         for completion in self._engine.generate(requests, chunk.sampling):
-            problem = batch[asked[completion.request][1]]
-            self._scorer.submit((completion.request, completion.sample), _rollout(problem, completion))
             completions.append(completion)
+            group = samples.setdefault(completion.request, [])
+            group.append(completion)
+            if len(group) == chunk.sampling.samples:
+                problem = batch[asked[completion.request][1]]
+                keys = [(each.request, each.sample) for each in group]
+                self._scorer.submit_group(keys, [_rollout(problem, each) for each in group])
         return completions
 
 

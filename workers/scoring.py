@@ -20,16 +20,18 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from rewards.base import Rollout, Score, VerifierSpec
+from rewards.base import Rollout, Score, Takes, VerifierSpec
 from workers.scoring_child import MAX_ERROR, Failure, plain_score
 
 WINDOW = 16  # jobs a child holds while it is quick, so that it need not wait for this process's attention after each
 SLOW_WINDOW = 2  # jobs a child holds when it is not, so that none waits behind a slow one while another child is idle
 QUICK = 0.01  # seconds a job
+BATCH = 32  # rollouts for a verifier that takes batches
+RECYCLE = 20_000  # rollouts after which a child gives way to a fresh one, with all that its verifier has hoarded
 MAX_REPLY = 1 << 20  # bytes
 REAP_TIMEOUT = 30.0  # seconds; only a process stuck in the kernel outlives SIGKILL
 
@@ -39,7 +41,7 @@ class Scorer:
 
     `deadline` is in seconds, for each rollout, from when the verifier starts on it; `memory_bytes` limits a child's
     address space; `start_timeout` is in seconds, for loading the verifier. `failures` counts the rollouts that have
-    no score by kind: timeout, exception, invalid value, died, out of memory.
+    no score by kind: timeout, exception, invalid value, died, out of memory, or no score where the verifier gave none.
 
     Raises ValueError where the verifier cannot be loaded.
     """
@@ -51,13 +53,16 @@ class Scorer:
         deadline: float = 5.0,
         memory_bytes: int | None = None,
         start_timeout: float = 60.0,
+        recycle: int = RECYCLE,
     ) -> None:
-        self.failures: Counter[Failure] = Counter()
+        self.failures: Counter[str] = Counter()
         self._verifier = verifier
         self._processes = processes
         self._deadline = deadline
         self._memory_bytes = memory_bytes
         self._start_timeout = start_timeout
+        self._recycle = recycle
+        self._takes: Takes = "rollout"
         self._children: list[_Child] = []
         self._tickets = itertools.count()
         self._todo: deque[_Job] = deque()
@@ -86,16 +91,26 @@ class Scorer:
 
         Raises ValueError where the key was used since the last drain, TypeError where the rollout is not JSON.
         """
-        ticket = next(self._tickets)
-        row = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-        line = json.dumps({"ticket": ticket, "rollout": row}, default=dict).encode() + b"\n"
+        self.submit_group([key], [rollout])
+
+    def submit_group(self, keys: Sequence[Hashable], rollouts: Sequence[Rollout]) -> None:
+        """The same for all completions of one prompt by one member, which a verifier that takes a group sees
+        together; they share as many deadlines as they are."""
+        lines = [_line(rollout) for rollout in rollouts]
+        together = self._takes == "group"
+        jobs = (
+            [_Job(tuple(keys), lines)]
+            if together
+            else [_Job((key,), [line]) for key, line in zip(keys, lines, strict=True)]
+        )
         with self._changed:
             if self._closing or self._stopped:
                 raise self._crash or RuntimeError("the scorer is closed")
-            if key in self._unscored or key in self._scores:
-                raise ValueError(f"scorer: the key {key!r} was submitted twice")
-            self._unscored.add(key)
-            self._todo.append(_Job(key, ticket, line))
+            for key in keys:
+                if key in self._unscored or key in self._scores:
+                    raise ValueError(f"scorer: the key {key!r} was submitted twice")
+                self._unscored.add(key)
+            self._todo.extend(jobs)
             os.eventfd_write(self._wake, 1)
 
     def drain(self) -> dict[Hashable, Score]:
@@ -145,15 +160,24 @@ class Scorer:
                 child.kill()
 
     def _start_child(self) -> _Child:
-        return _Child(self._verifier, self._memory_bytes, self._start_timeout, self._deadline)
+        return _Child(self._verifier, self._memory_bytes, self._start_timeout, self._deadline, self._recycle)
 
     def _dispatch(self) -> None:
         while self._todo and len(self._children) < self._processes:
             self._children.append(self._start_child())
-        while self._todo and (takers := [child for child in self._children if len(child.jobs) < child.window]):
-            min(takers, key=lambda child: len(child.jobs)).give(self._todo.popleft())
+        while self._todo and (takers := [child for child in self._children if child.takes_more]):
+            min(takers, key=lambda child: len(child.jobs)).give(self._next_job(), next(self._tickets))
         for child in self._children:
             child.flush()
+
+    def _next_job(self) -> _Job:
+        """The next of what there is to do; for a verifier that takes batches, as much of it as makes one."""
+        job = self._todo.popleft()
+        if self._takes == "batch":
+            while self._todo and len(job.keys) < BATCH:
+                more = self._todo.popleft()
+                job = _Job(job.keys + more.keys, job.lines + more.lines)
+        return job
 
     def _attend(self) -> None:
         """Sleep until there is something to do; take what the children replied; end those that are late."""
@@ -184,10 +208,13 @@ class Scorer:
     def _take_replies(self, child: _Child) -> None:
         for line in child.receive():
             if child.ready:
-                score, failure = _parse_score(line, child.jobs)
-                self._finish(child.done(), score, failure)
+                scores, failures = _parse_scores(line, child.jobs)
+                self._finish(child.done(), scores, failures)
             else:
-                child.start(line)
+                self._takes = child.start(line)
+        if child.is_spent:
+            child.kill()
+            self._children.remove(child)
         if not self._started and all(child.ready for child in self._children):
             with self._changed:
                 self._started = True
@@ -200,24 +227,31 @@ class Scorer:
         if not self._started:
             raise ValueError(str(failure))
         if child.jobs:
-            self._finish(child.jobs.popleft(), Score(None, error=str(failure)), failure.kind)
+            job = child.jobs.popleft()
+            count = len(job.keys)
+            self._finish(job, [Score(None, error=str(failure))] * count, [failure.kind] * count)
         self._todo.extendleft(reversed(child.jobs))
 
-    def _finish(self, job: _Job, score: Score, kind: Failure | None) -> None:
+    def _finish(self, job: _Job, scores: Sequence[Score], failures: Sequence[Failure | None]) -> None:
         with self._changed:
-            self._scores[job.key] = score
-            self._unscored.remove(job.key)
-            if kind is not None:
-                self.failures[kind] += 1
+            for key, score, failure in zip(job.keys, scores, failures, strict=True):
+                self._scores[key] = score
+                self._unscored.remove(key)
+                if failure is not None:
+                    self.failures[failure] += 1
+                elif score.value is None:
+                    self.failures["no score"] += 1
             if not self._unscored:
                 self._changed.notify_all()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    key: Hashable
-    ticket: int
-    line: bytes  # the request to the child
+    """Rollouts that are judged together, each a line of JSON; a ticket once a child has them."""
+
+    keys: tuple[Hashable, ...]
+    lines: list[bytes]
+    ticket: int = -1
 
 
 class _ChildFailure(Exception):
@@ -231,8 +265,12 @@ class _ChildFailure(Exception):
 class _Child:
     """One verifier process as its parent sees it: what it has to do, until when, what was not yet written or read."""
 
-    def __init__(self, verifier: VerifierSpec, memory_bytes: int | None, start_timeout: float, deadline: float) -> None:
+    def __init__(
+        self, verifier: VerifierSpec, memory_bytes: int | None, start_timeout: float, deadline: float, recycle: int
+    ) -> None:
         self.verifier = verifier
+        self.recycle = recycle
+        self.given = 0
         self.start_timeout = start_timeout
         self.deadline = deadline
         self.socket, theirs = socket.socketpair()
@@ -253,25 +291,37 @@ class _Child:
         self.outgoing = bytearray(json.dumps(asdict(verifier) | {"memory_bytes": memory_bytes}).encode() + b"\n")
         self.incoming = b""
 
-    def give(self, job: _Job) -> None:
+    @property
+    def takes_more(self) -> bool:
+        return len(self.jobs) < self.window and self.given < self.recycle
+
+    @property
+    def is_spent(self) -> bool:
+        return not self.jobs and self.given >= self.recycle
+
+    def give(self, job: _Job, ticket: int) -> None:
+        job.ticket = ticket
+        self.given += len(job.keys)
         self.jobs.append(job)
-        self.outgoing += job.line
+        self.outgoing += b'{"ticket": %d, "rollouts": [%b]}\n' % (ticket, b", ".join(job.lines))
         if self.ready and len(self.jobs) == 1:
             self._start_clock()
 
-    def start(self, line: bytes) -> None:
-        """Take its first reply. Raises _ChildFailure if the verifier could not be loaded."""
-        if error := json.loads(line)["error"]:
-            raise _ChildFailure("died", error)
+    def start(self, line: bytes) -> Takes:
+        """Take its first reply, which says what the verifier takes. Raises _ChildFailure if it could not be loaded."""
+        reply = json.loads(line)
+        if reply["error"]:
+            raise _ChildFailure("died", reply["error"])
         self.ready = True
         self.window = SLOW_WINDOW
         self._start_clock()
+        return reply["takes"]
 
     def done(self) -> _Job:
         # If it was this thread that was slow to look, the second of two replies still shows that the child is quick.
-        took = time.monotonic() - (self.expires - self.deadline)
-        self.window = WINDOW if took < QUICK else SLOW_WINDOW
         job = self.jobs.popleft()
+        took = time.monotonic() - (self.expires - len(job.keys) * self.deadline)
+        self.window = WINDOW if took < QUICK else SLOW_WINDOW
         self._start_clock()
         return job
 
@@ -302,7 +352,8 @@ class _Child:
 
     def late(self) -> _ChildFailure:
         if self.ready:
-            return _ChildFailure("timeout", f"verifier: {self.verifier.name} took longer than {self.deadline:g} s")
+            seconds = len(self.jobs[0].keys) * self.deadline
+            return _ChildFailure("timeout", f"verifier: {self.verifier.name} took longer than {seconds:g} s")
         return _ChildFailure(
             "timeout", f"verifier: {self.verifier.name} took longer than {self.start_timeout:g} s to load"
         )
@@ -315,21 +366,30 @@ class _Child:
         return self.process.wait(REAP_TIMEOUT)
 
     def _start_clock(self) -> None:
-        self.expires = time.monotonic() + self.deadline if self.jobs else math.inf
+        self.expires = time.monotonic() + len(self.jobs[0].keys) * self.deadline if self.jobs else math.inf
 
 
-def _parse_score(line: bytes, jobs: deque[_Job]) -> tuple[Score, Failure | None]:
+def _line(rollout: Rollout) -> bytes:
+    row = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return json.dumps(row, default=dict).encode()
+
+
+def _parse_scores(line: bytes, jobs: deque[_Job]) -> tuple[list[Score], list[Failure | None]]:
     """Read the reply to the first job. Trusts nothing: hostile text may have got the better of the verifier."""
     try:
         reply: dict[str, Any] = json.loads(line)
-        if reply["ticket"] != jobs[0].ticket or reply["failure"] not in (None, *get_args(Failure)):
+        scores = [plain_score(Score(**score)) for score in reply["scores"]]
+        failures = list(reply["failures"])
+        known = {None, *get_args(Failure)}
+        if reply["ticket"] != jobs[0].ticket or not known.issuperset(failures):
             raise ValueError("not a reply to the rollout it is at")
-        score = plain_score(Score(**reply["score"]))
+        if not len(scores) == len(failures) == len(jobs[0].keys):
+            raise ValueError("not as many scores as rollouts")
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise _ChildFailure("invalid value", f"the verifier's process sent rubbish: {error}"[:MAX_ERROR]) from error
-    if reply["failure"] == "out of memory":  # what the process still holds could cost the next rollout its score too
-        raise _ChildFailure("out of memory", str(score.error))
-    return score, reply["failure"]
+    if "out of memory" in failures:  # what the process still holds could cost the next rollout its score too
+        raise _ChildFailure("out of memory", str(scores[0].error))
+    return scores, failures
 
 
 def _ending(code: int) -> str:

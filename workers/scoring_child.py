@@ -3,27 +3,25 @@
 Messages are JSON, one a line, on a socket that nothing else uses. Never pickle: this process ran on hostile text.
 
     in    {"name": ..., "options": ..., "memory_bytes": ...}     first: the verifier, and a limit or null
-    out   {"error": ...}                                         why it cannot be loaded, or null: it is ready
-    in    {"ticket": ..., "rollout": {...}}                      then any number of these
-    out   {"ticket": ..., "score": {...}, "failure": ...}        a kind of failure or null; in the order of the tickets
+    out   {"error": ..., "takes": ...}           why it cannot be loaded, or null: it is ready; what the verifier takes
+    in    {"ticket": ..., "rollouts": [{...}]}                   then any number of these
+    out   {"ticket": ..., "scores": [{...}], "failures": [...]}  kinds of failure or null; in the order of the tickets
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import inspect
 import json
 import math
 import os
 import resource
 import signal
 import sys
-from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Any, BinaryIO, Literal
 
-from rewards.base import Rollout, Score, Verifier, VerifierSpec, as_score
+from rewards.base import InvalidScore, Rollout, Score, Verifier, VerifierSpec, judge_now, takes
 
 Failure = Literal["timeout", "exception", "invalid value", "died", "out of memory"]
 
@@ -43,14 +41,15 @@ def main(descriptor: int, parent: int) -> None:
     try:
         verifier = _load(VerifierSpec(opening["name"], opening["options"]))
     except ValueError as error:
-        _send(replies, {"error": str(error)})
+        _send(replies, {"error": str(error), "takes": None})
         return
-    _send(replies, {"error": None})
+    _send(replies, {"error": None, "takes": takes(verifier)})
     with asyncio.Runner() as runner:
         for line in requests:
             request = json.loads(line)
-            score, failure = _judge(verifier, _rollout(request["rollout"]), runner)
-            _send(replies, {"ticket": request["ticket"], "score": asdict(score), "failure": failure})
+            judged = _judge(verifier, [_rollout(fields) for fields in request["rollouts"]], runner)
+            scores, failures = [asdict(score) for score, _ in judged], [failure for _, failure in judged]
+            _send(replies, {"ticket": request["ticket"], "scores": scores, "failures": failures})
 
 
 def plain_score(score: Score) -> Score:
@@ -85,25 +84,21 @@ def _load(spec: VerifierSpec) -> Verifier:
         raise ValueError(f"verifier: {spec.name} cannot be loaded: {_describe(error)}") from error
 
 
-def _judge(verifier: Verifier, rollout: Rollout, runner: asyncio.Runner) -> tuple[Score, Failure | None]:
+def _judge(verifier: Verifier, rollouts: list[Rollout], runner: asyncio.Runner) -> list[tuple[Score, Failure | None]]:
     try:
-        verdict: object = verifier(rollout)
-        if inspect.isawaitable(verdict):
-            verdict = runner.run(_result(verdict))
+        scores = judge_now(verifier, rollouts, runner.run)
     except MemoryError:
-        return Score(None, error="the verifier ran out of memory"), "out of memory"
-    except BaseException as error:  # noqa: BLE001 - whatever a verifier raises, sys.exit too, costs this rollout only
-        return Score(None, error=f"the verifier raised {_describe(error)}"), "exception"
+        return [(Score(None, error="the verifier ran out of memory"), "out of memory")] * len(rollouts)
+    except BaseException as error:  # noqa: BLE001 - whatever a verifier raises, sys.exit too, costs these only
+        return [(Score(None, error=f"the verifier raised {_describe(error)}"), "exception")] * len(rollouts)
+    return [_checked(score) for score in scores]
+
+
+def _checked(score: Score) -> tuple[Score, Failure | None]:
     try:
-        score = as_score(verdict)
-        refused = score is not verdict and score.error is not None
-        return plain_score(score), "invalid value" if refused else None
+        return plain_score(score), "invalid value" if isinstance(score, InvalidScore) else None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         return Score(None, error=f"the verifier returned an invalid score: {_describe(error)}"), "invalid value"
-
-
-async def _result(verdict: Awaitable[object]) -> object:
-    return await verdict
 
 
 def _rollout(fields: dict[str, Any]) -> Rollout:

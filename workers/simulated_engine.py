@@ -15,6 +15,7 @@ Shapes: n completions of an engine call, D = len(theta).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.config import SimulatedEngineConfig
-from rewards.base import Rollout, Score, VerifierSpec, as_score
+from rewards.base import Rollout, Score, VerifierSpec, judge_now
 from workers.actor import Worker, WorkerSetup
 from workers.chunks import Chunk, ChunkResult, Problem
 from workers.engine import Completion, Filling, Member, Request, Sampling, Vector
@@ -154,9 +155,9 @@ class InlineScorer:
         self._verifier = verifier.load()
         self._scores: dict[Hashable, Score] = {}
 
-    def submit(self, key: Hashable, rollout: Rollout) -> None:
-        """Score a rollout. What the verifier raises is raised here."""
-        self._scores[key] = as_score(self._verifier(rollout))
+    def submit_group(self, keys: Sequence[Hashable], rollouts: Sequence[Rollout]) -> None:
+        """Score rollouts. What the verifier raises is raised here."""
+        self._scores.update(zip(keys, judge_now(self._verifier, rollouts, asyncio.run), strict=True))
 
     def drain(self) -> dict[Hashable, Score]:
         """The scores since the last drain, by key."""
