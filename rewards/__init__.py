@@ -3,3 +3,4 @@
 from __future__ import annotations
 
 from rewards import countdown as countdown
+from rewards import sudoku as sudoku
