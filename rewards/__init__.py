@@ -1,5 +1,7 @@
-"""Problems and verifiers. Importing the package registers the verifiers that come with it."""
+"""Problems, verifiers and environments. Importing the package registers those that come with it."""
 
 from __future__ import annotations
 
 from rewards import countdown as countdown
+from rewards import guess as guess
+from rewards import sudoku as sudoku

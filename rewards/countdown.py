@@ -7,7 +7,6 @@ check lets `**` and `//` through by oversight; here they make an answer invalid.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rewards import prompts
-from rewards.base import Example, Rollout, Score, Split, Verifier, VerifierSpec, register
+from rewards.base import Example, Rollout, Score, Split, Verifier, register
 from rewards.countdown_problems import filed, generated, solve
 from rewards.expressions import OPERATIONS, Expression, ExpressionError, evaluate, literals, parse, to_text
 from rewards.problems import Problems, Row
+from rewards.r1 import format_grade, last_answer
+from rewards.weights import checked_weights, weighted_verifier
 
 Template = Literal["plain", "few_shot", "chat", "r1", "dataset"]
 Form = Literal["plain", "r1"]
@@ -74,7 +75,7 @@ class Countdown:
         form: Form = "r1" if template in ("r1", "dataset") else "plain"
         self.max_tokens = _MAX_TOKENS[template] if max_tokens is None else max_tokens
         self.stop = (("\n",) if form == "plain" else ()) if stop is None else tuple(stop)
-        self.verifier = _verifier_spec(verifier, form, weights)
+        self.verifier = weighted_verifier("countdown", verifier, weights, WEIGHTS, {"form": form})
         self._template, self._shots = template, shots
         self._problems: Problems
         if data is None:
@@ -146,7 +147,7 @@ def countdown_verifier(form: Form = "plain", weights: Mapping[str, float] | None
     """
     if form not in get_args(Form):
         raise ValueError(f"verifier: form is {form!r}; accepted are {', '.join(get_args(Form))}")
-    scale = _checked_weights(weights)
+    scale = checked_weights(weights, WEIGHTS)
     judge = _judge_r1 if form == "r1" else _judge_plain
 
     def verify(rollout: Rollout) -> Score:
@@ -170,9 +171,9 @@ def _judge_plain(completion: str, info: Mapping[str, Any]) -> dict[str, float]:
 
 def _judge_r1(completion: str, info: Mapping[str, Any]) -> dict[str, float]:
     text = f"<think>{completion}"
-    answer = _last_answer(text)
+    answer = last_answer(text)
     _, right_numbers, solved = (False, 0.0, False) if answer is None else _judge_expression(answer.strip(), info)
-    return {"format": _r1_format(text), "numbers": right_numbers, "solved": float(solved)}
+    return {"format": format_grade(text), "numbers": right_numbers, "solved": float(solved)}
 
 
 def _judge_expression(text: str, info: Mapping[str, Any]) -> tuple[bool, float, bool]:
@@ -191,27 +192,6 @@ def _reaches(value: Fraction, info: Mapping[str, Any]) -> bool:
     return abs(value - Fraction(info["target"])) < _TOLERANCE
 
 
-def _last_answer(text: str) -> str | None:
-    """What the last match of <answer>.*?</answer> holds, matched from the left; found in linear time."""
-    answer = None
-    start = text.find("<answer>")
-    while start >= 0:
-        end = text.find("</answer>", start)
-        if end < 0:
-            break
-        answer = text[start + len("<answer>") : end]
-        start = text.find("<answer>", end)
-    return answer
-
-
-def _r1_format(text: str) -> float:
-    """The published format grade; `text` starts with <think>."""
-    body = text.removesuffix("\n")
-    if "</think>\n<answer>" in body and body.endswith("</answer>"):
-        return 1.0
-    return 0.1 * ("</think>" in text) + 0.5 * (_last_answer(text) is not None)
-
-
 def _solution(info: Mapping[str, Any]) -> Expression:
     numbers, target = info["numbers"], info["target"]
     written = info.get("solution")
@@ -221,23 +201,6 @@ def _solution(info: Mapping[str, Any]) -> Expression:
     if found is None:
         raise ValueError(f"task: no expression of the numbers {numbers} equals {target}")
     return found
-
-
-def _verifier_spec(verifier: str | None, form: Form, weights: Mapping[str, float] | None) -> VerifierSpec:
-    if verifier is None or verifier == "countdown":
-        return VerifierSpec("countdown", {"form": form, "weights": _checked_weights(weights)})
-    if weights is not None:
-        raise ValueError(f"task.weights: weights belong to the verifier countdown, not to {verifier!r}; leave them out")
-    return VerifierSpec(verifier)
-
-
-def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
-    for name, weight in (weights or {}).items():
-        if name not in WEIGHTS or not 0 <= weight < math.inf:
-            raise ValueError(
-                f"task.weights: {name!r} is {weight!r}; accepted are {', '.join(WEIGHTS)}, each a number of at least 0"
-            )
-    return {**WEIGHTS, **(weights or {})}
 
 
 def _check_generator(numbers: tuple[int, ...], low: int, high: int, operations: str, targets: tuple[int, int]) -> None:

@@ -122,17 +122,27 @@ def read_records(path: Path, field: str) -> list[tuple[str, Any]]:
 
     Raises ValueError naming `field`, file and line.
     """
-    if not path.is_file():
-        raise ValueError(f"{field}: no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{field}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = read_text(path, field)
     if text.lstrip().startswith("["):
         records = _json(text, f"{field}: {path}")
         return [(f"{field}: {path}, row {number}", record) for number, record in enumerate(records, 1)]
+    return [(place, _json(line, place)) for place, line in lines_of(text, path, field)]
+
+
+def read_text(path: Path, field: str) -> str:
+    """What a file holds. Raises ValueError naming `field` and file."""
+    if not path.is_file():
+        raise ValueError(f"{field}: no file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def lines_of(text: str, path: Path, field: str) -> list[tuple[str, str]]:
+    """The lines of a file's text that are not blank, each with its place for error messages."""
     lines = [(f"{field}: {path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
-    return [(place, _json(line, place)) for place, line in lines if line.strip()]
+    return [(place, line) for place, line in lines if line.strip()]
 
 
 def digest(*key: object) -> bytes:

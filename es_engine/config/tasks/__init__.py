@@ -1,8 +1,15 @@
 """The task axis: the problems and how answers to them are scored, one file a task."""
 
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
 from es_engine.config.tasks.base import TaskConfigModel
 from es_engine.config.tasks.countdown import CountdownTaskConfig
+from es_engine.config.tasks.sudoku import SudokuTaskConfig
 
-TaskConfig = CountdownTaskConfig
+TaskConfig = Annotated[CountdownTaskConfig | SudokuTaskConfig, Field(discriminator="kind")]
 
-__all__ = ["CountdownTaskConfig", "TaskConfig", "TaskConfigModel"]
+__all__ = ["CountdownTaskConfig", "SudokuTaskConfig", "TaskConfig", "TaskConfigModel"]

@@ -1,0 +1,47 @@
+"""The config of Sudoku."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveInt, Text
+from es_engine.config.tasks.base import TaskConfigModel
+from rewards.base import Task
+from rewards.sudoku import Sudoku
+
+Range = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+
+
+class SudokuWeightsConfig(ConfigModel):
+    """What each component of Sudoku's reward weighs."""
+
+    format: NonNegativeFloat = Field(default=0.1, description="Weight of an answer that can be read.")
+    givens: NonNegativeFloat = Field(default=0.1, description="Weight of the share of givens that were kept.")
+    cells: NonNegativeFloat = Field(default=0.3, description="Weight of the share of empty cells filled in right.")
+    solved: NonNegativeFloat = Field(default=0.5, description="Weight of a solved puzzle.")
+
+
+class SudokuTaskConfig(TaskConfigModel):
+    """Sudoku: fill in the empty cells so that every row, column and box holds every digit once."""
+
+    kind: Literal["sudoku"] = Field(default="sudoku", description="Fill in the empty cells of a grid by the rules.")
+    size: Literal[4, 9] = Field(default=4, description="Rows, columns and digits of a grid.")
+    blanks: Range = Field(
+        default=(4, 8), description="The least and the most empty cells of a generated puzzle: to 12 of 16, 58 of 81."
+    )
+    template: Literal["plain", "chat", "r1"] = Field(default="chat", description="Form of the prompt and the answer.")
+    data: Text | None = Field(
+        default=None, description="File of puzzles, one a line or JSON lines; null: generated puzzles."
+    )
+    heldout_data: Text | None = Field(
+        default=None, description="File of held-out puzzles; null: three in ten puzzles of data are held out."
+    )
+    weights: SudokuWeightsConfig | None = Field(
+        default=None, description="Weights of the components of sudoku's reward; null: .1, .1, .3 and .5."
+    )
+
+    def build(self) -> Task:
+        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
+        return Sudoku(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))
