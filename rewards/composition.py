@@ -1,0 +1,115 @@
+"""A reward made of several: the weighted sum of what verifiers say, each clipped and gated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.base import Rollout, Score, Takes, Verifier, VerifierSpec, judge, register, takes, verifier
+
+ACCURACY = "accuracy"
+_WIDEST: tuple[Takes, ...] = ("rollout", "batch", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One term of a sum: `weight` times what `verifier` says, clipped first.
+
+    `of` is which of its numbers: None its value, `accuracy`, or one of its components. Where `gate` names another part,
+    this one counts only where that part's own number, before clip and weight, is above 0.
+    """
+
+    name: str
+    verifier: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    of: str | None = None
+    weight: float = 1.0
+    clip: tuple[float, float] | None = None
+    gate: str | None = None
+
+
+@register("sum")
+def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
+    """The sum of parts, each the keyword arguments of a `Part`.
+
+    The score's components are the parts by name, weighted, so that they sum to its value; its accuracy is that of the
+    first part whose verifier has one. A part whose number is None counts nothing; if all are, there is no score. A part
+    with an error leaves the rollout without a score. Verifiers that several parts name are asked once. Raises
+    ValueError for two parts of a name, for a gate that is no part, and for a verifier that does not exist.
+    """
+    wanted = [Part(**part) for part in parts]
+    _check(wanted)
+    loaded: list[tuple[VerifierSpec, Verifier]] = []
+    for part in wanted:
+        spec = VerifierSpec(part.verifier, dict(part.options))
+        if all(spec != known for known, _ in loaded):
+            loaded.append((spec, spec.load()))
+    widest = max((takes(each) for _, each in loaded), key=_WIDEST.index)
+
+    async def together(rollouts: list[Rollout]) -> list[Score]:
+        columns = [(spec, await judge(each, rollouts)) for spec, each in loaded]
+        return [_sum(wanted, [(spec, scores[row]) for spec, scores in columns]) for row in range(len(rollouts))]
+
+    async def alone(rollout: Rollout) -> Score:
+        return (await together([rollout]))[0]
+
+    return verifier()(alone) if widest == "rollout" else verifier(takes=widest)(together)
+
+
+@register("length")
+def length_verifier(free: int, most: int) -> Verifier:
+    """A penalty on long completions: 0 up to `free` tokens, -1 from `most` on, a straight line between them (DAPO,
+    arXiv 2503.14476, eq. 13)."""
+    if not 0 <= free < most:
+        raise ValueError(f"verifier: length has free={free} and most={most}; accepted are 0 <= free < most")
+
+    def verify(rollout: Rollout) -> float:
+        return -min(1.0, max(0.0, (len(rollout.token_ids) - free) / (most - free)))
+
+    return verify
+
+
+def _check(parts: Sequence[Part]) -> None:
+    names = [part.name for part in parts]
+    if not parts:
+        raise ValueError("reward: it has no parts; give it one or more")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"reward: {names.count(name)} parts are called {name!r}; give each a name of its own")
+    for part in parts:
+        if part.gate is not None and (part.gate not in names or part.gate == part.name):
+            raise ValueError(f"reward: the gate of {part.name!r} is {part.gate!r}, which is no other part")
+        if part.clip is not None and not part.clip[0] <= part.clip[1]:
+            raise ValueError(f"reward: the clip of {part.name!r} is {list(part.clip)}; accepted is [least, greatest]")
+
+
+def _sum(parts: Sequence[Part], judged: Sequence[tuple[VerifierSpec, Score]]) -> Score:
+    numbers: dict[str, float | None] = {}
+    for part in parts:
+        score = next(score for spec, score in judged if spec == VerifierSpec(part.verifier, dict(part.options)))
+        if score.error is not None:
+            return Score(None, error=f"{part.name}: {score.error}")
+        if part.of is not None and part.of != ACCURACY and part.of not in score.components:
+            has = ", ".join(score.components) or "none"
+            return Score(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
+        numbers[part.name] = _number(part, score)
+    components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
+    accuracy = next((score.accuracy for _, score in judged if score.accuracy is not None), None)
+    return Score(sum(components.values()) if components else None, components, accuracy)
+
+
+def _number(part: Part, score: Score) -> float | None:
+    if part.of is None:
+        return score.value
+    return score.accuracy if part.of == ACCURACY else score.components[part.of]
+
+
+def _term(part: Part, numbers: Mapping[str, float | None]) -> float:
+    if part.gate is not None and not (numbers[part.gate] or 0) > 0:
+        return 0.0
+    number = numbers[part.name]
+    assert number is not None
+    if part.clip is not None:
+        number = min(max(number, part.clip[0]), part.clip[1])
+    return part.weight * number
