@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import Example
-from workers.chunks import Chunk, ChunkResult, Problem
+from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem
 from workers.engine import Vector
 from workers.perturbation import Perturber
 from workers.pool import Call
@@ -24,6 +24,7 @@ class FunctionWorker:
         self.index = index
         self.reward = reward
         self.perturber = Perturber(seed, dim, cache_bytes=10**7)
+        self.failure = NO_SCORE  # what a reward of NaN counts as
 
     def evaluate(
         self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: object = None
@@ -44,7 +45,8 @@ class FunctionWorker:
             truncated=1,
             looped=2,
             prompt_tokens=sum(len(problem.prompt_ids) for row in problems for problem in row),
-            failures={"timeout": int(np.isnan(rewards).sum())},
+            failures={self.failure: int(np.isnan(rewards).sum())},
+            error=None if self.failure == NO_SCORE else "it hung",
             texts=[
                 [[f"{problem.example.id}/{sample}" for sample in range(chunk.sampling.samples)] for problem in row]
                 for row in problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,8 @@ def test_a_verifier_that_several_parts_name_is_asked_once(tmp_path: Path) -> Non
 )
 def test_parts_that_make_no_sense_are_refused(changes: list[dict[str, Any]], sentence: str) -> None:
     length = {"verifier": "length", "options": {"free": 1, "most": 2}}
-    with pytest.raises(ValueError, match="[a-z]") as caught:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         VerifierSpec("sum", {"parts": [{"name": "length", **length}, {"name": "b", **length, **changes[0]}]}).load()
-    assert sentence in str(caught.value)
 
 
 def test_no_parts_are_refused() -> None:

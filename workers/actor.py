@@ -251,6 +251,7 @@ def _collect(
         looped=sum(completion.finish_reason == "repetition" for completion in completions),
         prompt_tokens=sum(len(batch[place].prompt_ids) for _, place in asked),
         failures={},
+        error=next((score.error for score in scores.values() if score.error is not None), None),
         texts=[texts[slot * final[1] : (slot + 1) * final[1]] for slot in range(final[0])] if chunk.keep_text else None,
         seconds={},
     )

@@ -18,6 +18,10 @@ Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
+NO_SCORE = "no score"
+"""Among a chunk's `failures`, the rollouts that the verifier itself gave no score: those are not its failures."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """An example made ready for the model: `prompt` as the model reads it, and its tokens."""
@@ -55,7 +59,8 @@ class Chunk:
 class ChunkResult:
     """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN.
 
-    `truncated` counts the completions that max_tokens ended, `looped` those that max_repeats ended.
+    `truncated` counts the completions that max_tokens ended, `looped` those that max_repeats ended. `failures` counts
+    the rollouts without a score by kind, and `error` is what was said of one of them.
     """
 
     rewards: Scores
@@ -66,6 +71,7 @@ class ChunkResult:
     looped: int
     prompt_tokens: int
     failures: dict[str, int]
+    error: str | None
     texts: list[list[list[str]]] | None
     seconds: dict[str, float]
     worker: int = -1

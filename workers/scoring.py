@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from rewards.base import Rollout, Score, Takes, VerifierSpec
+from workers.chunks import NO_SCORE
 from workers.scoring_child import MAX_ERROR, Failure, plain_score
 
 WINDOW = 16  # jobs a child holds while it is quick, so that it need not wait for this process's attention after each
@@ -240,7 +241,7 @@ class Scorer:
                 if failure is not None:
                     self.failures[failure] += 1
                 elif score.value is None:
-                    self.failures["no score"] += 1
+                    self.failures[NO_SCORE] += 1
             if not self._unscored:
                 self._changed.notify_all()
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from es_engine.config.method import EsMethodConfig
 from es_engine.methods import population as populations
 from es_engine.methods import shaping
-from workers.chunks import Chunk, ChunkResult, Problem
+from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem
 from workers.engine import Member, Sampling, Vector
 from workers.pool import Call
 
@@ -56,6 +56,10 @@ class Estimate:
 
     direction: Vector | None
     record: dict[str, Any]
+
+
+MOST_FAILURES = 0.5
+"""The part of the rollouts of a generation, or of an evaluation, on which the verifier may fail."""
 
 
 class EvolutionStrategies:
@@ -158,7 +162,8 @@ def evaluate(
     version: int,
     upcoming: Sequence[Chunk] = (),
 ) -> list[ChunkResult]:
-    """Have chunks evaluated around theta; the results in the order of the chunks.
+    """Have chunks evaluated around theta; the results in the order of the chunks. Raises ValueError where the verifier
+    failed on most rollouts: what the others are worth says nothing then.
 
     The largest chunks are begun first, so that none of them is still at work when all others are done. `upcoming` will
     be evaluated after them. A worker is told which chunk it will probably be given next, the one as many places on as
@@ -175,8 +180,24 @@ def evaluate(
             for chunk, ahead in zip(begun, notes, strict=False)
         ]
     )
+    _check_scored(results)
     by_place = dict(zip(order, results, strict=True))
     return [by_place[place] for place in range(len(chunks))]
+
+
+def _check_scored(results: Sequence[ChunkResult]) -> None:
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.failures)
+    del failures[NO_SCORE]
+    rollouts = sum(result.rewards.size for result in results)
+    if failures.total() > MOST_FAILURES * rollouts:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
+        error = next((result.error for result in results if result.error is not None), "none was given")
+        raise ValueError(
+            f"task.verifier: {failures.total()} of {rollouts} rollouts could not be scored ({kinds}); "
+            f"one error: {error}"
+        )
 
 
 def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
