@@ -370,8 +370,11 @@ class _Child:
         self.expires = time.monotonic() + len(self.jobs[0].keys) * self.deadline if self.jobs else math.inf
 
 
+_FIELDS = tuple(field.name for field in fields(Rollout))
+
+
 def _line(rollout: Rollout) -> bytes:
-    row = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    row = {name: getattr(rollout, name) for name in _FIELDS}
     return json.dumps(row, default=dict).encode()
 
 

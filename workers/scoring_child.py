@@ -18,7 +18,6 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import asdict
 from typing import Any, BinaryIO, Literal
 
 from rewards.base import InvalidScore, Rollout, Score, Verifier, VerifierSpec, judge_now, takes
@@ -48,7 +47,7 @@ def main(descriptor: int, parent: int) -> None:
         for line in requests:
             request = json.loads(line)
             judged = _judge(verifier, [_rollout(fields) for fields in request["rollouts"]], runner)
-            scores, failures = [asdict(score) for score, _ in judged], [failure for _, failure in judged]
+            scores, failures = [_fields(score) for score, _ in judged], [failure for _, failure in judged]
             _send(replies, {"ticket": request["ticket"], "scores": scores, "failures": failures})
 
 
@@ -105,6 +104,11 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
     messages = fields.pop("messages")
     token_ids = tuple(fields.pop("token_ids"))
     return Rollout(**fields, messages=None if messages is None else tuple(messages), token_ids=token_ids)
+
+
+def _fields(score: Score) -> dict[str, Any]:
+    # dataclasses.asdict copies what it finds, at several times the cost.
+    return {"value": score.value, "components": score.components, "accuracy": score.accuracy, "error": score.error}
 
 
 def _finite(number: Any) -> float:
