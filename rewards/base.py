@@ -54,6 +54,15 @@ class Score:
     error: str | None = None
 
 
+DIALECTS = {
+    "trl": "rewards.dialects.trl",
+    "verl": "rewards.dialects.verl",
+    "openrlhf": "rewards.dialects.openrlhf",
+    "verifiers": "rewards.dialects.verifiers",
+    "rg": "rewards.reasoning_gym",
+}
+"""The module of each dialect by its prefix; imported by the process that needs it only."""
+
 Verifier = Callable[[Rollout], Score | float | None]
 VerifierFactory = Callable[..., Verifier]
 
@@ -74,8 +83,9 @@ class Task(Protocol):
 class VerifierSpec:
     """A verifier by name, so that it can cross a process boundary as plain data.
 
-    `name` is a registered verifier, `path/to/file.py:function` or `package.module:function`; `options` are keyword
-    arguments of the registered verifier's factory (a user's own function takes none).
+    `name` is a registered verifier, `path/to/file.py:function`, `package.module:function`, or a reward in another
+    trainer's form behind the prefix of its dialect (see `rewards.dialects`); `options` are keyword arguments of the
+    registered verifier's factory or of the dialect (a user's own function takes none).
     """
 
     name: str
@@ -91,7 +101,12 @@ class VerifierSpec:
                     "path/to/file.py:function and package.module:function"
                 )
             return _REGISTRY[self.name](**self.options)
-        return _load_function(self.name)
+        if self.name.partition(":")[0] in DIALECTS:
+            from rewards import dialects  # it imports this module
+
+            return dialects.load(self.name, self.options)
+        where, _, function = self.name.rpartition(":")
+        return load_function(where, function)
 
 
 def register(name: str) -> Callable[[VerifierFactory], VerifierFactory]:
@@ -131,13 +146,17 @@ def _no_score(value: object) -> Score:
     return Score(None, error=f"the verifier returned {what}, not a Score, a finite number or None")
 
 
-def _load_function(name: str) -> Verifier:
-    where, _, attribute = name.rpartition(":")
-    module = _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where, name)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"verifier: {where} has no function {attribute!r}")
-    return function
+def load_function(where: str, function: str) -> Callable[..., Any]:
+    """A function of a file (`where` ends in .py) or of a module. Raises ValueError where there is none."""
+    found = getattr(load_module(where), function, None)
+    if not callable(found):
+        raise ValueError(f"verifier: {where} has no function {function!r}")
+    return found
+
+
+def load_module(where: str) -> ModuleType:
+    """The module of a file (`where` ends in .py) or of a dotted name. Raises ValueError where there is none."""
+    return _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where)
 
 
 def _module_from_file(path: Path) -> ModuleType:
@@ -152,8 +171,8 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
-def _module_by_name(module: str, name: str) -> ModuleType:
+def _module_by_name(name: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"verifier: {name!r} cannot be imported ({error})") from error
