@@ -38,7 +38,8 @@ class ReasoningGym:
 
     A training problem comes from the 70 in 100 questions of a data set of 10,000 whose hash says so, another data set
     for each 4,096 indices. Unless PYTHONHASHSEED is set, isomorphic_strings, polynomial_multiplication, ransom_note and
-    now and then list_functions make other problems in every process; knight_swap and word_ladder give other answers.
+    at times list_functions and codeio make other problems in every process, and knight_swap, word_ladder and at times
+    intermediate_integration give other answers to theirs.
 
     Args:
         dataset: the name of the data set, such as chain_sum.
