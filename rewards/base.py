@@ -68,6 +68,16 @@ class Score:
     error: str | None = None
 
 
+DIALECTS = {
+    "trl": "rewards.dialects.trl",
+    "verl": "rewards.dialects.verl",
+    "openrlhf": "rewards.dialects.openrlhf",
+    "verifiers": "rewards.dialects.verifiers",
+    "rg": "rewards.reasoning_gym",
+}
+"""The module of each dialect by its prefix; imported by the process that needs it only."""
+
+
 class InvalidScore(Score):
     """In place of a verdict that is no score."""
 
@@ -98,8 +108,9 @@ class VerifierSpec:
     """A verifier by name, so that it can cross a process boundary as plain data.
 
     `name` is a registered verifier, one that an installed package ships (entry point of the group
-    `es_engine.verifiers`), `path/to/file.py:function` or `package.module:function`; `options` are keyword arguments of
-    a registered verifier's factory (a user's own function takes none).
+    `es_engine.verifiers`), `path/to/file.py:function`, `package.module:function`, or a reward in another trainer's form
+    behind the prefix of its dialect (see `rewards.dialects`); `options` are keyword arguments of a registered
+    verifier's factory or of the dialect (a user's own function takes none).
     """
 
     name: str
@@ -107,7 +118,14 @@ class VerifierSpec:
 
     def load(self) -> Verifier:
         """Find the verifier. Raises ValueError, naming the file or function, where there is none."""
-        return _load_function(self.name) if ":" in self.name else _by_name(self.name)(**self.options)
+        if ":" not in self.name:
+            return _by_name(self.name)(**self.options)
+        if self.name.partition(":")[0] in DIALECTS:
+            from rewards import dialects  # it imports this module
+
+            return dialects.load(self.name, self.options)
+        where, _, function = self.name.rpartition(":")
+        return load_function(where, function)
 
 
 def verifier(name: str | None = None, *, takes: Takes = "rollout") -> Callable[[_V], _V]:
@@ -136,22 +154,28 @@ def takes(verifier: Verifier) -> Takes:
 async def judge(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
     """The scores of rollouts, by a verifier of any kind. Raises what the verifier raises, and TypeError where it does
     not answer a list of rollouts with as many verdicts."""
-    if takes(verifier) == "rollout":
-        return [as_score(await _answer(verifier(rollout))) for rollout in rollouts]  # type: ignore[arg-type]
-    verdicts = await _answer(verifier(list(rollouts)))  # type: ignore[arg-type]
-    if not isinstance(verdicts, Sequence) or len(verdicts) != len(rollouts):
-        raise TypeError(f"it answered {len(rollouts)} rollouts with {verdicts!r:.60}, not with a list as long")
-    return [as_score(verdict) for verdict in verdicts]
+    return _scores([await _answer(each) for each in _ask(verifier, rollouts)], verifier, rollouts)
 
 
 def judge_now(
     verifier: Verifier, rollouts: Sequence[Rollout], run: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> list[Score]:
-    """The same outside of an event loop. `run` starts one, where it must: that costs more than a quick verifier."""
-    if takes(verifier) != "rollout":
-        return run(judge(verifier, rollouts))
-    verdicts: list[Any] = [verifier(rollout) for rollout in rollouts]  # type: ignore[arg-type]
-    return [as_score(run(_answer(each)) if inspect.isawaitable(each) else each) for each in verdicts]
+    """The same outside of an event loop. `run` starts one, but only for what is asynchronous: it costs more than a
+    quick verifier, and a verifier may start one of its own."""
+    answers = [run(_answer(each)) if inspect.isawaitable(each) else each for each in _ask(verifier, rollouts)]
+    return _scores(answers, verifier, rollouts)
+
+
+def _ask(verifier: Any, rollouts: Sequence[Rollout]) -> list[Any]:
+    """What the verifier answers each of its calls."""
+    return [verifier(each) for each in rollouts] if takes(verifier) == "rollout" else [verifier(list(rollouts))]
+
+
+def _scores(answers: list[Any], verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
+    verdicts = answers if takes(verifier) == "rollout" else answers[0]
+    if not isinstance(verdicts, Sequence) or len(verdicts) != len(rollouts):
+        raise TypeError(f"it answered {len(rollouts)} rollouts with {verdicts!r:.60}, not with a list as long")
+    return [as_score(verdict) for verdict in verdicts]
 
 
 async def _answer(answer: Any) -> Any:
@@ -210,13 +234,17 @@ def _by_name(name: str) -> VerifierFactory:
     return _REGISTRY.get(name, lambda: function)  # a decorator of its own may have registered it
 
 
-def _load_function(name: str) -> Verifier:
-    where, _, attribute = name.rpartition(":")
-    module = _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where, name)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"verifier: {where} has no function {attribute!r}")
-    return function
+def load_function(where: str, function: str) -> Callable[..., Any]:
+    """A function of a file (`where` ends in .py) or of a module. Raises ValueError where there is none."""
+    found = getattr(load_module(where), function, None)
+    if not callable(found):
+        raise ValueError(f"verifier: {where} has no function {function!r}")
+    return found
+
+
+def load_module(where: str) -> ModuleType:
+    """The module of a file (`where` ends in .py) or of a dotted name. Raises ValueError where there is none."""
+    return _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where)
 
 
 def _module_from_file(path: Path) -> ModuleType:
@@ -231,8 +259,8 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
-def _module_by_name(module: str, name: str) -> ModuleType:
+def _module_by_name(name: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"verifier: {name!r} cannot be imported ({error})") from error

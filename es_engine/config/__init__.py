@@ -14,7 +14,7 @@ from es_engine.config.reflection import FieldDoc, field_docs
 from es_engine.config.root import Config
 from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.tasks import CountdownTaskConfig, SudokuTaskConfig
+from es_engine.config.tasks import CountdownTaskConfig, ReasoningGymTaskConfig, SudokuTaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "PoolConfig",
     "PretrainedModelConfig",
+    "ReasoningGymTaskConfig",
     "Schedule",
     "SgdConfig",
     "SimulatedEngineConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from es_engine.config.base import ConfigError, in_yaml
 from es_engine.config.errors import as_config_error
 from es_engine.config.reflection import default_kinds
 from es_engine.config.root import Config
+from rewards.base import DIALECTS
 
 Tree = dict[str, Any]
 
@@ -129,10 +131,15 @@ def _model_source(name: str, folder: Path) -> str:
 
 
 def _verifier(name: str, folder: Path) -> str:
-    """Only path/to/file.py:function has a path; a registered verifier and package.module:function do not."""
-    where, _, function = name.rpartition(":")
-    return f"{_file(where, folder)}:{function}" if where.endswith(".py") else name
+    """Only path/to/file.py has a path; a registered verifier and package.module do not."""
+    match = _FILE_OF_VERIFIER.fullmatch(name)
+    return f"{match['dialect'] or ''}{_file(match['path'], folder)}{match['rest']}" if match else name
 
+
+# The function may be left out behind a dialect's prefix only, but there is no other name that ends in .py.
+_FILE_OF_VERIFIER = re.compile(
+    rf"(?P<dialect>({'|'.join(DIALECTS)}):)?(?P<path>.+?\.py)(?P<rest>(:\w+)?(\(.*\))?)", re.S
+)
 
 _PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
     ("model", "source"): _model_source,

@@ -94,6 +94,8 @@ def _accepted(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         size = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
         return f"{'a non-empty list' if filled else size}, each item {_accepted(args[0], [])}"
+    if origin is dict:
+        return "a mapping"
     return f"{'non-empty ' if filled else ''}{_PLAIN[annotation]}{_bounds(metadata)}"
 
 

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from es_engine.config.tasks.base import TaskConfigModel
 from es_engine.config.tasks.countdown import CountdownTaskConfig
+from es_engine.config.tasks.reasoning_gym import ReasoningGymTaskConfig
 from es_engine.config.tasks.sudoku import SudokuTaskConfig
 
-TaskConfig = Annotated[CountdownTaskConfig | SudokuTaskConfig, Field(discriminator="kind")]
+TaskConfig = Annotated[CountdownTaskConfig | SudokuTaskConfig | ReasoningGymTaskConfig, Field(discriminator="kind")]
 
-__all__ = ["CountdownTaskConfig", "SudokuTaskConfig", "TaskConfig", "TaskConfigModel"]
+__all__ = ["CountdownTaskConfig", "ReasoningGymTaskConfig", "SudokuTaskConfig", "TaskConfig", "TaskConfigModel"]

@@ -23,7 +23,8 @@ class TaskConfigModel(ConfigModel):
     )
     verifier: Text | None = Field(
         default=None,
-        description="Your own: path/to/file.py:function or package.module:function; null: the task's.",
+        description="Your own: path/to/file.py:function or package.module:function, behind trl:, verl:, openrlhf:, "
+        "verifiers: or rg: a reward written for these; null: the task's.",
     )
     deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
     memory_gb: PositiveFloat | None = Field(
