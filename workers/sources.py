@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from es_engine.config import Config, TinyModelConfig
+from es_engine.config import Config, CountdownTaskConfig, TinyModelConfig
 from rewards.prompts import PLAIN_ALPHABET
 from workers.lessons import lessons
 from workers.models import resolve
@@ -16,6 +16,7 @@ def local_model(config: Config) -> Path:
     model = config.model
     if not isinstance(model, TinyModelConfig):
         return resolve(model.source, model.revision)
+    assert isinstance(config.task, CountdownTaskConfig)  # Config sees to that
     return resolve_tiny(
         examples=lessons(config.task),
         alphabet=PLAIN_ALPHABET,

@@ -11,12 +11,12 @@ from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.method import EsMethodConfig
-from es_engine.config.model import ModelConfig
+from es_engine.config.model import ModelConfig, TinyModelConfig
 from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
 from es_engine.config.reflection import default_kinds
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.tasks import TaskConfig
+from es_engine.config.tasks import CountdownTaskConfig, TaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
 VLLM_MAX_RANK = 512  # vllm.config.lora.MaxLoRARanks
@@ -54,6 +54,12 @@ class Config(ConfigModel):
     def _pairs_stay_in_one_chunk(self) -> Self:
         if self.method.mirrored and self.engine.chunk != "auto" and self.engine.chunk % 2:
             raise problem("engine.chunk", self.engine.chunk, "an even number while method.mirrored is true")
+        return self
+
+    @model_validator(mode="after")
+    def _tiny_model_knows_its_task(self) -> Self:
+        if isinstance(self.model, TinyModelConfig) and not isinstance(self.task, CountdownTaskConfig):
+            raise problem("task.kind", self.task.kind, "countdown while model.kind is tiny")
         return self
 
     @model_validator(mode="after")
