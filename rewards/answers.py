@@ -1,8 +1,8 @@
 """Final answers to maths problems: taken out of a completion, and compared with a reference.
 
 The two are stages of their own. `extract` is plain text work in linear time. `same` compares as text first, then as
-numbers, and only then by algebra: the library math-verify reads LaTeX into sympy. What is handed to sympy is bounded
-beforehand (see `READABLE`), because a few characters can ask it for more than any machine has: 9^{9^{9}}.
+numbers, and only then by algebra: the library math-verify reads LaTeX into sympy. What sympy is handed is bounded
+beforehand (see `READABLE`), because a few characters can ask for more than any machine has: 9^{9^{9}}.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 Form = Literal["boxed", "answer", "hash", "last_number"]
+Reading = Literal["words", "based", "number", "algebra", "text"]
 
 MAX_LENGTH = 200
 """Characters of an answer that sympy is handed; the longest reference of MATH-500 has 53."""
@@ -33,7 +34,7 @@ FAR = 1e-5  # relative; math-verify takes two numbers for equal if six decimals 
 _CLOSE = Fraction(1, 1_000_000)
 
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
-_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 _LEFT_OUT = re.compile(
     r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:()\[\]$%]|[$%\0]|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree"
@@ -49,8 +50,10 @@ _SAME_TEXT = {
 }
 _THOUSANDS = re.compile(r"([-+]?[0-9]{1,3})((?:,[0-9]{3})+)(\.[0-9]+)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_WITH_BASE = re.compile(r"(\w+)_\{?([0-9]+)\}?")
+_PROSE = re.compile(r"\\(?:text|textbf|textit|mbox)\s*\{[^{}]*[a-zA-Z]|(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+_BASED = re.compile(r"[0-9][0-9A-Za-z]*_(?:[0-9]+|\{[0-9]+\})")
+_NO_BRACES = str.maketrans("", "", "{}")
+_SCIENTIFIC = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]{1,3})(?![\w.])")
 
 _POWER_OF_TEN = re.compile(r"(?<=[0-9.])(?:\\times|\\cdot|\*)10\^(?:\{([-+]?[0-9]{1,3})\}|([0-9]))$")
 _FRACTION = re.compile(r"\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))$")
@@ -103,28 +106,43 @@ def _last_tagged(text: str) -> str:
 
 
 def same(answer: str, reference: str) -> bool:
-    """Whether an answer is the reference. Sees the same text, then the same number, then the same by algebra.
+    """Whether an answer is the reference: the same text or, by what the reference is (see `reading`), the same thing.
 
-    As text: spacing, \\left, \\text{}, $, %, degrees, separators of thousands and a closing full stop do not count;
-    where the reference is words, nor do capitals, and nothing but the text counts.
-    As numbers: exact where the reference is whole, else within one part in a million.
-    By algebra: see `equal_by_algebra`; only where both are `READABLE`.
-
+    In text, spacing, \\left, \\text{}, $, %, degrees, separators of thousands and a closing full stop do not count.
     Never raises for what an answer says, but may take longer than anyone would wait: call it where it can be ended.
     """
     answer, reference = _tidied(answer), _tidied(reference)
-    if _bare(answer) == _bare(reference):
+    given, wanted = _bare(answer), _bare(reference)
+    if given == wanted:
         return True
+    kind = reading(reference)
+    if kind == "words":
+        return given.casefold() == wanted.casefold()
+    if kind == "based":
+        return given.translate(_NO_BRACES) in (wanted.translate(_NO_BRACES), wanted.partition("_")[0])
+    value, right = number(answer), number(reference)
+    if value is not None and right is not None:
+        return abs(value - right) <= (0 if right.denominator == 1 else abs(right) * _CLOSE)
+    return kind != "text" and equal_by_algebra(answer, reference)
+
+
+def reading(reference: str) -> Reading:
+    """What a reference is, and so what an answer with another text must be.
+
+    words: `\\text{even}`, `Evelyn`. The answer must be the same but for capitals.
+    based: 52_8, a number in a base. The base may be left out.
+    number: see `number`. Where the reference is whole the answer must be exact, else within one part in a million.
+    algebra: other LaTeX that is `READABLE`. The answer must be equal by algebra (see `equal_by_algebra`).
+    text: what is left. No other text will do.
+    """
+    reference = _tidied(reference)
     if _is_words(reference):
-        return _bare(answer).casefold() == _bare(reference).casefold()
-    if in_base := _WITH_BASE.fullmatch(_bare(reference)):
-        return _bare(answer) in (in_base[1], f"{in_base[1]}_{in_base[2]}", f"{in_base[1]}_{{{in_base[2]}}}")
-    if not (_is_tame(answer) and _is_tame(reference)):
-        return False
-    given, wanted = number(answer), number(reference)
-    if given is not None and wanted is not None:
-        return abs(given - wanted) <= (0 if wanted.denominator == 1 else abs(wanted) * _CLOSE)
-    return equal_by_algebra(answer, reference)
+        return "words"
+    if _BASED.fullmatch(_bare(reference)):
+        return "based"
+    if number(reference) is not None:
+        return "number"
+    return "text" if _parsed_reference(reference) is None else "algebra"
 
 
 def number(text: str) -> Fraction | None:
@@ -176,6 +194,7 @@ def _tidied(text: str) -> str:
         text = extract(text, "boxed") or text
     for written, meant in _SAME_TEXT.items():
         text = text.replace(written, meant)
+    text = _SCIENTIFIC.sub(r" \\times 10^{\1}", text)
     text = " ".join(_LEFT_OUT.sub("", text).split()).removesuffix(".").strip()
     grouped = _THOUSANDS.fullmatch(text)
     return text.replace(",", "") if grouped else text
@@ -188,8 +207,7 @@ def _bare(text: str) -> str:
 
 def _is_words(text: str) -> bool:
     """Whether an answer says something in words: read as algebra, `even` would be e*e*n*v, and `neve` the same."""
-    prose = "".join(_TEXT.findall(text))
-    return not re.search("[0-9]", text) and bool(re.search("[a-zA-Z]", prose) or _WORD.search(text))
+    return not re.search("[0-9]", text) and bool(_PROSE.search(text))
 
 
 def _is_tame(text: str) -> bool:
