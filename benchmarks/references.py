@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import cast, get_args
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from rewards.answers import Reading, equal_by_algebra, reading
@@ -47,7 +46,7 @@ def maths_cells(dataset: Dataset, path: str) -> list[str]:
     tasks = [Maths(data=path, dataset=dataset, template=template) for template in get_args(Template)]
     share = min(right(task) for task in tasks) / len(references)
     read: dict[Reading, list[str]] = {kind: [] for kind in get_args(Reading)}
-    for reference in track(references, dataset, console=CONSOLE, transient=True):
+    for reference in references:
         read[reading(reference)].append(reference)
     for reference in read["text"]:
         CONSOLE.print(f"{dataset}, only this very text is right: {reference!r}", markup=False, highlight=False)

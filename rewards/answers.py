@@ -33,7 +33,7 @@ READABLE = (
 FAR = 1e-5  # relative; math-verify takes two numbers for equal if six decimals are, so all tiny ones
 _CLOSE = Fraction(1, 1_000_000)
 
-_BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 _LEFT_OUT = re.compile(
@@ -48,7 +48,8 @@ _SAME_TEXT = {
     "\\tfrac": "\\frac",
     "\\dbinom": "\\binom",
 }
-_THOUSANDS = re.compile(r"([-+]?[0-9]{1,3})((?:,[0-9]{3})+)(\.[0-9]+)?")
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?")
+_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _PROSE = re.compile(r"\\(?:text|textbf|textit|mbox)\s*\{[^{}]*[a-zA-Z]|(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _BASED = re.compile(r"[0-9][0-9A-Za-z]*_(?:[0-9]+|\{[0-9]+\})")
@@ -56,8 +57,11 @@ _NO_BRACES = str.maketrans("", "", "{}")
 _SCIENTIFIC = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]{1,3})(?![\w.])")
 
 _POWER_OF_TEN = re.compile(r"(?<=[0-9.])(?:\\times|\\cdot|\*)10\^(?:\{([-+]?[0-9]{1,3})\}|([0-9]))$")
-_FRACTION = re.compile(r"\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))$")
-_VALUE = re.compile(r"[-+]?(?:[0-9]+/0*[1-9][0-9]*|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)")
+_FRACTION = re.compile(
+    r"([-+]?)(?:([0-9]+)(?: |(?=\\)))?"  # a mixed number is one with a whole number before it
+    r"(?:([0-9]+)/([0-9]+)|\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9])))"
+)
+_DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 
 _DOUBLED = re.compile(r"([\^_])\s*\w\s*\1")  # x^x^x is not TeX, and takes the parser seconds
 _LABOUR = re.compile(r"\^\s*\{?\s*-?[0-9]{5}|\\binom\s*\{[^{}]*[0-9]{5}|\\[gl]c[dm]")  # partly done while it is read
@@ -146,13 +150,22 @@ def reading(reference: str) -> Reading:
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a decimal number or fraction, such as -1,234.5, 4.5e33, 4.5 \\times 10^{33}, 3/4, \\frac{3}{4}."""
+    """The value of a decimal number or a fraction, None for other text.
+
+    Such are -1,234.5, 4.5e33, 4.5 \\times 10^{33}, 3/4, 1 3/4 and 1\\frac{3}{4}.
+    """
     plain = _bare(_tidied(text))
     if len(plain) > MAX_LENGTH:
         return None
     plain = _POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]}", plain)
-    plain = _FRACTION.sub(lambda match: f"{match[1] or match[2]}/{match[3] or match[4]}", plain)
-    return Fraction(plain) if _VALUE.fullmatch(plain) else None
+    if _DECIMAL.fullmatch(plain):
+        return Fraction(plain)
+    fraction = _FRACTION.fullmatch(plain)
+    if fraction is None:
+        return None
+    sign, whole, *parts = fraction.groups()
+    above, below = (int(part) for part in parts if part)
+    return int(f"{sign}1") * (int(whole or 0) + Fraction(above, below)) if below else None
 
 
 def equal_by_algebra(answer: str, reference: str) -> bool:
@@ -190,19 +203,18 @@ _parsed_reference = lru_cache(maxsize=256)(parsed)  # every rollout of a problem
 
 def _tidied(text: str) -> str:
     """The text without what does not count in LaTeX; still LaTeX."""
-    if "boxed" in text or "fbox" in text:
+    if "\\boxed" in text or "\\fbox" in text:
         text = extract(text, "boxed") or text
     for written, meant in _SAME_TEXT.items():
         text = text.replace(written, meant)
     text = _SCIENTIFIC.sub(r" \\times 10^{\1}", text)
     text = " ".join(_LEFT_OUT.sub("", text).split()).removesuffix(".").strip()
-    grouped = _THOUSANDS.fullmatch(text)
-    return text.replace(",", "") if grouped else text
+    return re.sub("[, ]", "", text) if _THOUSANDS.fullmatch(text) else text
 
 
 def _bare(text: str) -> str:
-    """The text of tidied LaTeX without \\text{} and spaces, to compare."""
-    return "".join(_TEXT.sub(r"\1", text).split())
+    """The text of tidied LaTeX without \\text{} and spaces, save between two digits, to compare."""
+    return _SPACE.sub("", " ".join(_TEXT.sub(r"\1", text).split()))
 
 
 def _is_words(text: str) -> bool:
