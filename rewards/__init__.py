@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from rewards import arc as arc
 from rewards import composition as composition
+from rewards import conciseness as conciseness
 from rewards import countdown as countdown
 from rewards import guess as guess
+from rewards import maths as maths
 from rewards import sudoku as sudoku

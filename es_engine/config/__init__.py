@@ -14,13 +14,22 @@ from es_engine.config.reflection import FieldDoc, field_docs
 from es_engine.config.root import Config
 from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.tasks import CountdownTaskConfig, ReasoningGymTaskConfig, SudokuTaskConfig
+from es_engine.config.tasks import (
+    ArcTaskConfig,
+    ConcisenessTaskConfig,
+    CountdownTaskConfig,
+    MathTaskConfig,
+    ReasoningGymTaskConfig,
+    SudokuTaskConfig,
+)
 from es_engine.config.telemetry import TelemetryConfig
 
 __all__ = [
     "AdamConfig",
     "AdamWConfig",
+    "ArcTaskConfig",
     "BudgetConfig",
+    "ConcisenessTaskConfig",
     "Config",
     "ConfigError",
     "CountdownTaskConfig",
@@ -30,6 +39,7 @@ __all__ = [
     "FieldDoc",
     "HfEngineConfig",
     "LoraSpaceConfig",
+    "MathTaskConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PoolConfig",

@@ -121,6 +121,11 @@ def _file(name: str, folder: Path) -> str:
     return os.path.abspath(folder / path if os.path.exists(folder / path) else path)
 
 
+def _data(name: str, folder: Path) -> str:
+    """A data set on a hub stays as it is."""
+    return name if name.startswith("hub:") else _file(name, folder)
+
+
 def _model_source(name: str, folder: Path) -> str:
     """A hub id and a GGUF of a package stay as they are; both look like relative paths."""
     if name.startswith("package:"):
@@ -144,7 +149,7 @@ _FILE_OF_VERIFIER = re.compile(
 _PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
     ("model", "source"): _model_source,
     ("space", "init"): _file,
-    ("task", "data"): _file,
-    ("task", "heldout_data"): _file,
+    ("task", "data"): _data,
+    ("task", "heldout_data"): _data,
     ("task", "verifier"): _verifier,
 }

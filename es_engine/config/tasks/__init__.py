@@ -6,11 +6,31 @@ from typing import Annotated
 
 from pydantic import Field
 
+from es_engine.config.tasks.arc import ArcTaskConfig
 from es_engine.config.tasks.base import TaskConfigModel
+from es_engine.config.tasks.conciseness import ConcisenessTaskConfig
 from es_engine.config.tasks.countdown import CountdownTaskConfig
+from es_engine.config.tasks.math import MathTaskConfig
 from es_engine.config.tasks.reasoning_gym import ReasoningGymTaskConfig
 from es_engine.config.tasks.sudoku import SudokuTaskConfig
 
-TaskConfig = Annotated[CountdownTaskConfig | SudokuTaskConfig | ReasoningGymTaskConfig, Field(discriminator="kind")]
+TaskConfig = Annotated[
+    CountdownTaskConfig
+    | SudokuTaskConfig
+    | MathTaskConfig
+    | ArcTaskConfig
+    | ConcisenessTaskConfig
+    | ReasoningGymTaskConfig,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["CountdownTaskConfig", "ReasoningGymTaskConfig", "SudokuTaskConfig", "TaskConfig", "TaskConfigModel"]
+__all__ = [
+    "ArcTaskConfig",
+    "ConcisenessTaskConfig",
+    "CountdownTaskConfig",
+    "MathTaskConfig",
+    "ReasoningGymTaskConfig",
+    "SudokuTaskConfig",
+    "TaskConfig",
+    "TaskConfigModel",
+]

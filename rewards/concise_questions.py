@@ -1,0 +1,38 @@
+"""Questions with short answers, written for this project: each with its right answers, word for word."""
+
+from __future__ import annotations
+
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Say the capital of France in one word.", ("Paris", "Paris.")),
+    ("Say the capital of Japan in one word.", ("Tokyo", "Tokyo.")),
+    ("Say the capital of Egypt in one word.", ("Cairo", "Cairo.")),
+    ("Say the capital of Kenya in one word.", ("Nairobi", "Nairobi.")),
+    ("Which planet do people live on? One word, please.", ("Earth", "Earth.")),
+    ("Which planet has the widest rings? One word, please.", ("Saturn", "Saturn.")),
+    ("What is seven plus eight? Only the number.", ("15",)),
+    ("What is nine times six? Only the number.", ("54",)),
+    ("What is half of ninety? Only the number.", ("45",)),
+    ("What is twenty minus thirteen? Only the number.", ("7",)),
+    ("How many minutes are there in two hours? Only the number.", ("120",)),
+    ("How many days are there in a leap year? Only the number.", ("366",)),
+    ("How many legs does a spider have? Only the number.", ("8",)),
+    ("How many sides does a hexagon have? Only the number.", ("6",)),
+    ("Is ice lighter than water? Yes or no.", ("Yes", "Yes.", "yes")),
+    ("Is a whale a fish? Yes or no.", ("No", "No.", "no")),
+    ("Is 91 a prime number? Yes or no.", ("No", "No.", "no")),
+    ("Does the Sun rise in the east? Yes or no.", ("Yes", "Yes.", "yes")),
+    ("Give the opposite of `early` in one word.", ("late", "Late", "late.", "Late.")),
+    ("Give the opposite of `empty` in one word.", ("full", "Full", "full.", "Full.")),
+    ("Give the plural of `mouse`, the animal, in one word.", ("mice", "Mice", "mice.", "Mice.")),
+    ("Give the past tense of `go` in one word.", ("went", "Went", "went.", "Went.")),
+    ("Translate `gracias` into English in two words.", ("Thank you", "thank you", "Thank you.")),
+    ("Translate `bread` into French in one word.", ("pain", "Pain", "pain.", "Pain.")),
+    ("Which month comes after June? One word, please.", ("July", "July.")),
+    ("Which day comes before Monday? One word, please.", ("Sunday", "Sunday.")),
+    ("Which metal has the symbol Fe? One word, please.", ("Iron", "iron", "Iron.")),
+    ("Which gas do plants take in from the air? Give its formula.", ("CO2", "CO₂")),
+    ("Which colour do blue and yellow paint make? One word, please.", ("Green", "green", "Green.")),
+    ("Who wrote `Hamlet`? Only the surname.", ("Shakespeare", "Shakespeare.")),
+    ("Which letter follows Q in the alphabet? Only the letter.", ("R", "r")),
+    ("Write the number 14 in Roman numerals.", ("XIV",)),
+)
