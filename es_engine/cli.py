@@ -8,13 +8,16 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from es_engine.config import Config, explain, load_config
+from es_engine.config import Config, explain, load_config, load_task, task_kinds
+
+if TYPE_CHECKING:
+    from es_engine.scoring import Graded
 
 app = typer.Typer(
     name="es-engine",
@@ -88,6 +91,38 @@ def evaluate(
     write_text(folder / "summary.json", json.dumps(found.summary, indent=2) + "\n")
     _print_summary(found.summary)
     typer.echo(f"completions: {folder / 'samples.jsonl'}")
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="A kind of task, such as countdown, or a YAML config.")],
+    source: Annotated[Path, typer.Option("--in", help="JSON lines with prompt, completion and the row's fields.")],
+    target: Annotated[Path, typer.Option("--out", help="Where the lines go, with their scores.")],
+    overrides: Overrides = None,
+) -> None:
+    """Score completions of a file, in processes with deadlines, as a run would."""
+    from es_engine.scoring import score_file
+
+    _print_summary(score_file(load_task(task, overrides or []), source, target))
+
+
+@app.command()
+def tasks(
+    show: Annotated[str | None, typer.Option(help="A kind of task, or a config: five problems, answered.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List the tasks, or show problems of one, each with a right and a wrong answer and their scores."""
+    if show is None:
+        table = Table("task", "what it is", box=None, pad_edge=False)
+        for kind, model in task_kinds().items():
+            table.add_row(kind, (model.__doc__ or "").splitlines()[0])
+        Console().print(table)
+        return
+    from es_engine.scoring import graded
+
+    chosen = load_task(show, overrides or [])
+    for each in graded(chosen.build(), chosen):
+        _print_graded(each)
 
 
 @app.command()
@@ -219,6 +254,19 @@ def _print_summary(summary: dict[str, object]) -> None:
     for key, value in summary.items():
         table.add_row(key, json.dumps(value))
     Console().print(table)
+
+
+def _print_graded(graded: Graded) -> None:
+    prompt = graded.example.prompt
+    if graded.example.messages is not None:
+        prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in graded.example.messages)
+    answers = (("right", graded.right, graded.right_score), ("wrong", graded.wrong, graded.wrong_score))
+    typer.echo(f"--- {graded.example.id}\n{prompt}")
+    for name, completion, score in answers:
+        parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
+        typer.echo(
+            f"{name}: {completion!r}\n  reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}; {parts}"
+        )
 
 
 def _figure(value: float | None) -> str:

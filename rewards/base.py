@@ -102,6 +102,10 @@ class Task(Protocol):
         """Problem number `index` (from 0) of a split; a pure function of its arguments."""
         ...
 
+    def worked_solution(self, example: Example) -> str:
+        """A completion that is right. Raises ValueError where none is known."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class VerifierSpec:

@@ -115,7 +115,7 @@ def test_config_is_immutable_and_crosses_processes(tmp_path: Path) -> None:
 
 def test_task_fields_are_those_of_countdown(tmp_path: Path) -> None:
     accepted = set(inspect.signature(Countdown).parameters)
-    assert set(type(load(tmp_path).task).model_fields) - {"kind", "deadline", "memory_gb"} == accepted
+    assert set(type(load(tmp_path).task).model_fields) - {"kind", "reward", "deadline", "memory_gb"} == accepted
 
 
 def test_task_defaults_are_those_of_countdown(tmp_path: Path) -> None:

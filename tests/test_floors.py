@@ -31,6 +31,7 @@ FLOORS = {
     "es_engine.models": 4,
     "es_engine.checkpoint": 4,
     "es_engine.evaluation": 4,
+    "es_engine.scoring": 4,
     "es_engine.session": 4,
     "es_engine.run_folder": 4,
     "es_engine.run": 4,

@@ -539,7 +539,7 @@ def test_the_config_has_the_fields_and_defaults_of_the_task() -> None:
     task = parse_config(CONFIG).task
     assert isinstance(task, SudokuTaskConfig)
     parameters = inspect.signature(Sudoku).parameters
-    assert set(SudokuTaskConfig.model_fields) - {"kind", "deadline", "memory_gb"} == set(parameters)
+    assert set(SudokuTaskConfig.model_fields) - {"kind", "reward", "deadline", "memory_gb"} == set(parameters)
     for name, parameter in parameters.items():
         assert getattr(task, name) == parameter.default, name
 

@@ -4,7 +4,7 @@ from es_engine.config.base import ConfigError
 from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.loading import dump_config, load_config, parse_config
+from es_engine.config.loading import dump_config, load_config, load_task, parse_config, task_kinds
 from es_engine.config.method import EsMethodConfig
 from es_engine.config.model import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from es_engine.config.optimizer import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
@@ -21,6 +21,7 @@ from es_engine.config.tasks import (
     MathTaskConfig,
     ReasoningGymTaskConfig,
     SudokuTaskConfig,
+    TaskConfigModel,
 )
 from es_engine.config.telemetry import TelemetryConfig
 
@@ -49,6 +50,7 @@ __all__ = [
     "SgdConfig",
     "SimulatedEngineConfig",
     "SudokuTaskConfig",
+    "TaskConfigModel",
     "TelemetryConfig",
     "TinyModelConfig",
     "VllmEngineConfig",
@@ -56,5 +58,7 @@ __all__ = [
     "explain",
     "field_docs",
     "load_config",
+    "load_task",
     "parse_config",
+    "task_kinds",
 ]

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from es_engine.config import yaml_text
-from es_engine.config.base import ConfigError, in_yaml
+from es_engine.config.base import ConfigError, ConfigModel, in_yaml
 from es_engine.config.errors import as_config_error
-from es_engine.config.reflection import default_kinds
+from es_engine.config.reflection import default_kinds, kinds_of, models_of, one_of
 from es_engine.config.root import Config
+from es_engine.config.tasks import TaskConfig, TaskConfigModel
 from rewards.base import DIALECTS
 
 Tree = dict[str, Any]
@@ -27,6 +28,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     those of overrides start. Raises ConfigError.
     """
     return parse_config(_merge(_read(Path(path), ()), _override_tree(overrides)))
+
+
+def load_task(target: str, overrides: Sequence[str] = ()) -> TaskConfigModel:
+    """The task of a config file, or one of a kind with its defaults; overrides such as `task.seed=1`. Raises
+    ConfigError."""
+    kinds = task_kinds()
+    if target not in kinds:
+        if not os.path.exists(target):
+            raise ConfigError(f"task: got {in_yaml(target)}, accepted is {one_of(list(kinds))}, or a config file")
+        return load_config(target, overrides).task
+    tree = _with_absolute_paths(_merge({"task": {"kind": target}}, _override_tree(overrides)), Path.cwd())
+    try:
+        return _TaskAlone.model_validate(tree).task
+    except ValidationError as error:
+        raise as_config_error(error, _TaskAlone, tree) from error
+
+
+def task_kinds() -> dict[str, type[TaskConfigModel]]:
+    """The config of each task by its kind."""
+    return {kind: model for model in models_of(TaskConfig) for kind in kinds_of(model)}  # type: ignore[misc]
+
+
+class _TaskAlone(ConfigModel):
+    task: TaskConfig
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
@@ -113,7 +138,18 @@ def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
         # The source of a tiny model is no place.
         if isinstance(section, dict) and isinstance(section.get(field), str) and section.get("kind") != "tiny":
             tree = {**tree, axis: {**section, field: absolute(section[field], folder)}}
+    task = tree.get("task")
+    if isinstance(task, dict) and isinstance(task.get("reward"), dict):
+        parts = {name: _part(part, folder) for name, part in task["reward"].items()}
+        tree = {**tree, "task": {**task, "reward": parts}}
     return tree
+
+
+def _part(part: Any, folder: Path) -> Any:
+    """A part of a reward, with the path of its verifier absolute."""
+    if isinstance(part, dict) and isinstance(part.get("verifier"), str):
+        return {**part, "verifier": _verifier(part["verifier"], folder)}
+    return part
 
 
 def _file(name: str, folder: Path) -> str:

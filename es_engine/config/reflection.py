@@ -95,7 +95,7 @@ def _accepted(annotation: Any, metadata: list[Any]) -> str:
         size = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
         return f"{'a non-empty list' if filled else size}, each item {_accepted(args[0], [])}"
     if origin is dict:
-        return "a mapping"
+        return f"a mapping, each value {_accepted(args[1], [])}" if models_of(args[1]) else "a mapping"
     return f"{'non-empty ' if filled else ''}{_PLAIN[annotation]}{_bounds(metadata)}"
 
 

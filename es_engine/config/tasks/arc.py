@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ class ArcWeightsConfig(ConfigModel):
 class ArcTaskConfig(TaskConfigModel):
     """ARC-AGI-1: find the rule that turns grids into grids, and apply it."""
 
+    makes: ClassVar[type[Task]] = Arc
+
     kind: Literal["arc"] = Field(default="arc", description="Apply the rule that a few pairs of grids show.")
     data: Text = Field(description="Folder of problems, one JSON file each.")
     heldout_data: Text | None = Field(
@@ -36,7 +38,3 @@ class ArcTaskConfig(TaskConfigModel):
     weights: ArcWeightsConfig | None = Field(
         default=None, description="Weights of the components of arc's reward; null: .1, .1, .2 and .6."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        return Arc(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

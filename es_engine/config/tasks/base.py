@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, PositiveFloat, PositiveInt, Seed, Text
-from rewards.base import Task
+from rewards.base import Task, VerifierSpec
+
+OWN = "task"
+"""The name, in a part of a reward, of the verifier that the task has without it."""
+
+
+class RewardPartConfig(ConfigModel):
+    """One term of a reward: a weight times what a verifier says."""
+
+    verifier: Text = Field(default=OWN, description="Who says it, as in task.verifier; task is the task's verifier.")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of a registered verifier.")
+    of: Text | None = Field(
+        default=None, description="Which of its numbers: accuracy, or a component by name; null: its value."
+    )
+    weight: float = Field(default=1.0, description="What it is multiplied by.")
+    clip: Annotated[tuple[float, float], Field(strict=False)] | None = Field(
+        default=None, description="The least and the greatest number, before the weight; null: any."
+    )
+    gate: Text | None = Field(
+        default=None, description="Another part, without which (its number 0 or less) this one counts 0; null: none."
+    )
+
+    def arguments(self, own: VerifierSpec) -> dict[str, Any]:
+        """The keyword arguments of a `rewards.composition.Part`, where the task's own verifier is `own`."""
+        arguments = self.model_dump()
+        return arguments | {"verifier": own.name, "options": own.options} if self.verifier == OWN else arguments
 
 
 class TaskConfigModel(ConfigModel):
     """The fields of every task; `kind` says which it is."""
+
+    makes: ClassVar[type[Task]]
 
     kind: str = Field(description="Which task it is.")
     seed: Seed = Field(default=0, description="Keys the choice and order of the problems.")
@@ -23,8 +50,10 @@ class TaskConfigModel(ConfigModel):
     )
     verifier: Text | None = Field(
         default=None,
-        description="Your own: path/to/file.py:function or package.module:function, behind trl:, verl:, openrlhf:, "
-        "verifiers: or rg: a reward written for these; null: the task's.",
+        description="Your own: path/to/file.py:function or package.module:function; null: the task's.",
+    )
+    reward: dict[str, RewardPartConfig] | None = Field(
+        default=None, description="Parts, by name, whose sum is the reward; null: what the verifier says."
     )
     deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
     memory_gb: PositiveFloat | None = Field(
@@ -33,4 +62,8 @@ class TaskConfigModel(ConfigModel):
 
     def build(self) -> Task:
         """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        raise NotImplementedError
+        task = self.makes(**self.model_dump(exclude={"kind", "reward", "deadline", "memory_gb"}))
+        if self.reward is not None:
+            parts = [{"name": name, **part.arguments(task.verifier)} for name, part in self.reward.items()]
+            task.verifier = VerifierSpec("sum", {"parts": parts})
+        return task

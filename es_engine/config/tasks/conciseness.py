@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class ConcisenessWeightsConfig(ConfigModel):
 class ConcisenessTaskConfig(TaskConfigModel):
     """Conciseness: answer a question, and say no more than the shortest right answer does."""
 
+    makes: ClassVar[type[Task]] = Conciseness
+
     kind: Literal["conciseness"] = Field(default="conciseness", description="Answer in as few characters as can be.")
     data: Text | None = Field(default=None, description="File of questions, JSON lines; null: the built-in ones.")
     heldout_data: Text | None = Field(
@@ -34,7 +36,3 @@ class ConcisenessTaskConfig(TaskConfigModel):
     weights: ConcisenessWeightsConfig | None = Field(
         default=None, description="Weights of the components of conciseness's reward; null: length 1, correct 0."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        return Conciseness(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ class CountdownWeightsConfig(ConfigModel):
 class CountdownTaskConfig(TaskConfigModel):
     """Countdown: write an expression of the given numbers, each exactly once, that equals the target."""
 
+    makes: ClassVar[type[Task]] = Countdown
+
     kind: Literal["countdown"] = Field(default="countdown", description="Reach a target with all the given numbers.")
     numbers: Counts = Field(default=(3,), description="How many numbers a problem has: one of these at random.")
     low: Number = Field(default=1, description="The least given number.")
@@ -46,7 +48,3 @@ class CountdownTaskConfig(TaskConfigModel):
     weights: CountdownWeightsConfig | None = Field(
         default=None, description="Weights of the components of countdown's reward; null: .1, .2 and .7."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        return Countdown(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

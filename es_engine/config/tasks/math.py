@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class MathWeightsConfig(ConfigModel):
 class MathTaskConfig(TaskConfigModel):
     """Maths problems with a final answer that can be checked."""
 
+    makes: ClassVar[type[Task]] = Maths
+
     kind: Literal["math"] = Field(default="math", description="Solve maths problems from files or a hub.")
     data: Text = Field(description="File of problems (JSON lines or a JSON list), or hub:owner/name@config:split.")
     heldout_data: Text | None = Field(
@@ -51,7 +53,3 @@ class MathTaskConfig(TaskConfigModel):
     weights: MathWeightsConfig | None = Field(
         default=None, description="Weights of the components of math's reward; null: .1 and .9."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        return Maths(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from rewards.reasoning_gym import ReasoningGym
 class ReasoningGymTaskConfig(TaskConfigModel):
     """Any data set of reasoning-gym, which makes the problems and scores the answers."""
 
+    makes: ClassVar[type[Task]] = ReasoningGym
+
     kind: Literal["reasoning_gym"] = Field(
         default="reasoning_gym", description="A data set of the package reasoning-gym."
     )
@@ -23,7 +25,3 @@ class ReasoningGymTaskConfig(TaskConfigModel):
     template: Literal["chat", "plain"] = Field(
         default="chat", description="Form of the prompt: a chat answered in <answer> tags, or plain text."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for a data set or settings that do not exist."""
-        return ReasoningGym(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

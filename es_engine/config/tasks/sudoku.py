@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ class SudokuWeightsConfig(ConfigModel):
 class SudokuTaskConfig(TaskConfigModel):
     """Sudoku: fill in the empty cells so that every row, column and box holds every digit once."""
 
+    makes: ClassVar[type[Task]] = Sudoku
+
     kind: Literal["sudoku"] = Field(default="sudoku", description="Fill in the empty cells of a grid by the rules.")
     size: Literal[4, 9] = Field(default=4, description="Rows, columns and digits of a grid.")
     blanks: Range = Field(
@@ -41,7 +43,3 @@ class SudokuTaskConfig(TaskConfigModel):
     weights: SudokuWeightsConfig | None = Field(
         default=None, description="Weights of the components of sudoku's reward; null: .1, .1, .3 and .5."
     )
-
-    def build(self) -> Task:
-        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
-        return Sudoku(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

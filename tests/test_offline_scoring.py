@@ -1,0 +1,155 @@
+"""`es-engine score` and `es-engine tasks`, and rewards of parts in a config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from es_engine import scoring
+from es_engine.config import ConfigError, load_config, load_task, task_kinds
+from rewards.base import VerifierSpec
+
+ROW = {"prompt": "3 7 2 = 27:", "numbers": [3, 7, 2], "target": "27", "answer": "27", "note": "kept"}
+DATA = Path(__file__).parent / "data"
+
+
+def write_lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_lines_come_back_with_their_scores(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {**ROW, "completion": "3*(7+2)"}, {**ROW, "completion": "3+7"})
+    summary = scoring.score_file(load_task("countdown"), source, tmp_path / "out.jsonl")
+    right, wrong = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    components = {"format": 0.1, "numbers": 0.2, "solved": 0.7}
+    assert right == {
+        **ROW,
+        "completion": "3*(7+2)",
+        "score": 1.0,
+        "accuracy": 1.0,
+        "components": components,
+        "error": None,
+    }
+    assert (wrong["note"], wrong["accuracy"]) == ("kept", 0.0)
+    assert (summary["completions"], summary["accuracy"], summary["failures"]) == (2, 0.5, {})
+
+
+def test_a_prompt_may_be_a_chat_and_equal_prompts_are_a_group(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rewards.base import verifier\n\n@verifier(takes='group')\n"
+        "def size(rollouts):\n    assert rollouts[0].messages[0]['content'] == rollouts[0].prompt\n"
+        "    return [len(rollouts)] * len(rollouts)\n"
+    )
+    chats = [[{"role": "user", "content": text}] for text in ("a", "a", "b")]
+    source = write_lines(tmp_path / "in.jsonl", *({"prompt": chat, "completion": "x"} for chat in chats))
+    task = load_task("countdown", [f"task.verifier={tmp_path / 'mine.py'}:size"])
+    scoring.score_file(task, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [2.0, 2.0, 1.0]
+
+
+def test_a_completion_that_hangs_the_verifier_is_a_line_with_an_error(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\ndef slow(rollout):\n    time.sleep(1000 if rollout.completion == 'hang' else 0)\n    return 1\n"
+    )
+    source = write_lines(tmp_path / "in.jsonl", *({**ROW, "completion": text} for text in ("fine", "hang", "fine")))
+    task = load_task("countdown", [f"task.verifier={tmp_path / 'mine.py'}:slow", "task.deadline=0.5"])
+    summary = scoring.score_file(task, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [1.0, None, 1.0]
+    assert "took longer than 0.5 s" in rows[1]["error"]
+    assert summary["failures"] == {"timeout": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ("text", "line 2 is not an object with `prompt` and `completion`"),
+        ({"prompt": "p"}, "line 2 is not an object with `prompt` and `completion`"),
+        ({"prompt": 3, "completion": "c"}, "line 2: `prompt` is 3; accepted is text or a list of messages"),
+        ({"prompt": [{"role": "user"}], "completion": "c"}, "line 2: `prompt` is [{'role': 'user'}]; accepted is"),
+    ],
+)
+def test_a_line_that_is_none_is_named_and_nothing_is_written(tmp_path: Path, row: Any, sentence: str) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {**ROW, "completion": "c"}, row)
+    with pytest.raises(ValueError, match="--in: ") as caught:
+        scoring.score_file(load_task("countdown"), source, tmp_path / "out.jsonl")
+    assert sentence in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("countdown", ["task.template=r1"]),
+        ("sudoku", ["task.size=9"]),
+        ("math", [f"task.data={DATA / 'gsm8k/test.jsonl'}"]),
+        ("arc", [f"task.data={DATA / 'arc-agi-1/training'}"]),
+        ("conciseness", []),
+        ("reasoning_gym", ["task.dataset=chain_sum"]),
+    ],
+)
+def test_a_task_shows_a_right_and_a_wrong_answer(kind: str, overrides: list[str]) -> None:
+    assert kind in task_kinds()
+    task = load_task(kind, overrides)
+    shown = list(scoring.graded(task.build(), task))
+    assert len(shown) == scoring.SHOWN
+    assert all(each.right_score.accuracy == 1 for each in shown)
+    assert all(each.wrong_score.accuracy == 0 for each in shown if each.right != each.wrong)
+
+
+def test_a_task_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ConfigError, match=r'^task: got "sudko", accepted is countdown, sudoku, .* or a config file$'):
+        load_task("sudko")
+    with pytest.raises(ConfigError, match=r"^task\.size: got 5, accepted is "):
+        load_task("sudoku", ["task.size=5"])
+
+
+# Rewards of parts
+
+
+def test_a_reward_of_parts_is_the_tasks_verifier(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -len(rollout.completion)\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "name: parts\nmodel: {source: org/model}\noptimizer: {kind: sgd, lr: 1.0}\nbudget: {generations: 1}\n"
+        "task:\n  kind: countdown\n  reward:\n"
+        "    form: {of: format, weight: 0.5}\n"
+        "    right: {of: accuracy, gate: form}\n"
+        "    brief: {verifier: 'mine.py:brief', weight: 0.01, clip: [-10, 0]}\n"
+    )
+    task = load_config(config, ["task.reward.form.weight=2"]).task
+    own = load_task("countdown").build().verifier
+    shared = {"verifier": own.name, "options": own.options}
+    rest = {"of": None, "clip": None, "gate": None}
+    assert task.build().verifier == VerifierSpec(
+        "sum",
+        {
+            "parts": [
+                {"name": "form", **shared, **rest, "of": "format", "weight": 2.0},
+                {"name": "right", **shared, **rest, "of": "accuracy", "weight": 1.0, "gate": "form"},
+                {
+                    **rest,
+                    "name": "brief",
+                    "verifier": f"{tmp_path / 'mine.py'}:brief",
+                    "options": {},
+                    "weight": 0.01,
+                    "clip": (-10.0, 0.0),
+                },
+            ]
+        },
+    )
+    source = write_lines(tmp_path / "in.jsonl", {**ROW, "completion": "3*(7+2)"})
+    scoring.score_file(task, source, tmp_path / "out.jsonl")
+    scored = json.loads((tmp_path / "out.jsonl").read_text())
+    assert scored["components"] == pytest.approx({"form": 0.2, "right": 1.0, "brief": -0.07})
+    assert scored["score"] == pytest.approx(1.13)
+
+
+def test_a_part_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^task\.reward: .* accepted is null or a mapping, each value a mapping of"):
+        load_task("countdown", ["task.reward.form.wieght=2"])
