@@ -113,6 +113,8 @@ def tasks(
 ) -> None:
     """List the tasks, or show problems of one, each with a right and a wrong answer and their scores."""
     if show is None:
+        if overrides:
+            raise ValueError("--set: it goes with --show")
         table = Table("task", "what it is", box=None, pad_edge=False)
         for kind, model in task_kinds().items():
             table.add_row(kind, (model.__doc__ or "").splitlines()[0])
@@ -264,9 +266,8 @@ def _print_graded(graded: Graded) -> None:
     typer.echo(f"--- {graded.example.id}\n{prompt}")
     for name, completion, score in answers:
         parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
-        typer.echo(
-            f"{name}: {completion!r}\n  reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}; {parts}"
-        )
+        worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}; {parts}"
+        typer.echo(f"{name}: {completion!r}\n  {score.error or worth}")
 
 
 def _figure(value: float | None) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 from es_engine.config import TaskConfigModel
 from es_engine.run_folder import write_json_lines
-from rewards.base import Example, Rollout, Score, Task, VerifierSpec
+from rewards.base import Example, Rollout, Score, Task
 from rewards.problems import read_records
-from workers.scoring import Scorer
+from workers.scoring import open_scorer
 
 SHOWN = 5
 
@@ -34,12 +34,13 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
     """Score the completions of a file of JSON lines, and write the same lines with `score`, `accuracy`, `components`
     and `error`; the summary.
 
-    A line has `prompt` (text, or a chat's messages), `completion` and the fields of the data row, such as `answer`.
-    Lines in a row with equal prompts are a group. Raises ValueError, naming file and line, for what is no such line.
+    A line has `prompt` (text, or a chat's messages), `completion` and the fields of the data row, such as `answer`; for
+    verifiers that look at them, also `token_ids` and `finish_reason`. Lines in a row with equal prompts are a group.
+    Raises ValueError, naming file and line, for what is no such line.
     """
     records = read_records(source, "--in")
     rollouts = [_rollout(record, place) for place, record in records]
-    with _scorer(task, task.build().verifier) as scorer:
+    with open_scorer(task, task.build().verifier, _processes(len(rollouts))) as scorer:
         for _, group in groupby(range(len(rollouts)), key=lambda number: records[number][1]["prompt"]):
             keys = list(group)
             scorer.submit_group(keys, [rollouts[key] for key in keys])
@@ -54,7 +55,7 @@ def graded(task: Task, limits: TaskConfigModel) -> Iterator[Graded]:
     """The first problems of a task's training split, each with a right and a wrong completion and their scores."""
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
     completions = [task.worked_solution(example) for example in examples]
-    with _scorer(limits, task.verifier) as scorer:
+    with open_scorer(limits, task.verifier, _processes(SHOWN)) as scorer:
         for number, example in enumerate(examples[:SHOWN]):
             for key, completion in ((number, completions[number]), (number + SHOWN, completions[number + 1])):
                 scorer.submit(key, _answered(example, completion))
@@ -63,14 +64,8 @@ def graded(task: Task, limits: TaskConfigModel) -> Iterator[Graded]:
         yield Graded(example, completions[number], scores[number], completions[number + 1], scores[number + SHOWN])
 
 
-def _scorer(limits: TaskConfigModel, verifier: VerifierSpec) -> Scorer:
-    memory = limits.memory_gb
-    return Scorer(
-        verifier,
-        processes=len(os.sched_getaffinity(0)),
-        deadline=limits.deadline,
-        memory_bytes=None if memory is None else int(memory * 1e9),
-    )
+def _processes(rollouts: int) -> int:
+    return max(1, min(rollouts, len(os.sched_getaffinity(0))))
 
 
 def _rollout(record: Any, place: str) -> Rollout:
@@ -78,14 +73,21 @@ def _rollout(record: Any, place: str) -> Rollout:
         raise ValueError(f"{place} is not an object with `prompt` and `completion`")
     prompt = record.get("prompt")
     messages = None
-    if isinstance(prompt, list) and all(
-        isinstance(each, dict) and isinstance(each.get("content"), str) for each in prompt
-    ):
+    if isinstance(prompt, list) and all(map(_is_message, prompt)):
         messages = tuple(prompt)
         prompt = "\n".join(message["content"] for message in messages)
     if not isinstance(prompt, str):
         raise ValueError(f"{place}: `prompt` is {prompt!r:.60}; accepted is text or a list of messages")
-    return Rollout(prompt, record["completion"], str(record.get("answer", "")), record, messages)
+    answer = record.get("answer")
+    return Rollout(
+        prompt,
+        record["completion"],
+        "" if answer is None else str(answer),
+        record,
+        messages,
+        token_ids=tuple(record.get("token_ids", ())),
+        finish_reason=record.get("finish_reason", "stop"),
+    )
 
 
 def _is_message(value: Any) -> bool:

@@ -19,7 +19,7 @@ from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices
 from workers.pool import Pool
 from workers.prompts import context_length, load_tokenizer, preparer
-from workers.scoring import Scorer
+from workers.scoring import open_scorer
 from workers.sources import local_model
 
 CANARY_PROMPTS = 4
@@ -97,8 +97,8 @@ class Session:
         hand."""
         self.materials = gather(config)
         canary = self.materials.problems("heldout", range(CANARY_PROMPTS))
-        with Scorer(self.materials.task.verifier):  # a verifier that cannot be loaded should fail here, not on a worker
-            pass
+        # A verifier that cannot be loaded should fail here, not on a worker.
+        open_scorer(config.task, self.materials.task.verifier).close()
         setup = WorkerSetup(
             config,
             self.materials.space,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -128,6 +129,8 @@ class VerifierSpec:
             from rewards import dialects  # it imports this module
 
             return dialects.load(self.name, self.options)
+        if self.options:
+            raise ValueError(f"verifier: {self.name} takes no options; leave out {', '.join(self.options)}")
         where, _, function = self.name.rpartition(":")
         return load_function(where, function)
 
@@ -155,35 +158,32 @@ def takes(verifier: Verifier) -> Takes:
     return getattr(verifier, "takes", "rollout")
 
 
-async def judge(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
-    """The scores of rollouts, by a verifier of any kind. Raises what the verifier raises, and TypeError where it does
-    not answer a list of rollouts with as many verdicts."""
-    return _scores([await _answer(each) for each in _ask(verifier, rollouts)], verifier, rollouts)
-
-
 def judge_now(
     verifier: Verifier, rollouts: Sequence[Rollout], run: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> list[Score]:
-    """The same outside of an event loop. `run` starts one, but only for what is asynchronous: it costs more than a
-    quick verifier, and a verifier may start one of its own."""
-    answers = [run(_answer(each)) if inspect.isawaitable(each) else each for each in _ask(verifier, rollouts)]
-    return _scores(answers, verifier, rollouts)
+    """The scores of rollouts, by a verifier of any kind. `run` starts an event loop, but only for what is asynchronous:
+    it costs more than a quick verifier, and a verifier may start one of its own. Raises what the verifier raises, and
+    TypeError where it does not answer a list of rollouts with as many verdicts."""
+    answers = [run(settled(each)) if inspect.isawaitable(each) else each for each in ask(verifier, rollouts)]
+    return as_scores(answers, verifier, rollouts)
 
 
-def _ask(verifier: Any, rollouts: Sequence[Rollout]) -> list[Any]:
-    """What the verifier answers each of its calls."""
+def ask(verifier: Any, rollouts: Sequence[Rollout]) -> list[Any]:
+    """What the verifier answers each call that it takes to ask it of all rollouts; some may be awaitable."""
     return [verifier(each) for each in rollouts] if takes(verifier) == "rollout" else [verifier(list(rollouts))]
 
 
-def _scores(answers: list[Any], verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
+async def settled(answer: Any) -> Any:
+    """The answer itself, awaited where it must be."""
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def as_scores(answers: list[Any], verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Score]:
+    """The scores in what a verifier answered. Raises TypeError where they are not as many as the rollouts."""
     verdicts = answers if takes(verifier) == "rollout" else answers[0]
     if not isinstance(verdicts, Sequence) or len(verdicts) != len(rollouts):
         raise TypeError(f"it answered {len(rollouts)} rollouts with {verdicts!r:.60}, not with a list as long")
     return [as_score(verdict) for verdict in verdicts]
-
-
-async def _answer(answer: Any) -> Any:
-    return await answer if inspect.isawaitable(answer) else answer
 
 
 def register(name: str) -> Callable[[VerifierFactory], VerifierFactory]:
@@ -254,13 +254,19 @@ def load_module(where: str) -> ModuleType:
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"verifier: no file {path}")
-    spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    spec.loader.exec_module(module)
-    return module
+    path = path.resolve()
+    name = f"verifier_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
+    if name not in sys.modules:  # dataclasses and pickle look their module up there
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _module_by_name(name: str) -> ModuleType:

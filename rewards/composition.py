@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.base import Rollout, Score, Takes, Verifier, VerifierSpec, judge, register, takes, verifier
+from rewards.base import (
+    InvalidScore,
+    Rollout,
+    Score,
+    Takes,
+    Verifier,
+    VerifierSpec,
+    as_scores,
+    ask,
+    register,
+    settled,
+    takes,
+    verifier,
+)
 
 ACCURACY = "accuracy"
 _WIDEST: tuple[Takes, ...] = ("rollout", "batch", "group")
@@ -47,14 +61,33 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
             loaded.append((spec, spec.load()))
     widest = max((takes(each) for _, each in loaded), key=_WIDEST.index)
 
-    async def together(rollouts: list[Rollout]) -> list[Score]:
-        columns = [(spec, await judge(each, rollouts)) for spec, each in loaded]
-        return [_sum(wanted, [(spec, scores[row]) for spec, scores in columns]) for row in range(len(rollouts))]
+    def together(rollouts: list[Rollout]) -> Any:
+        answers = [ask(each, rollouts) for _, each in loaded]
 
-    async def alone(rollout: Rollout) -> Score:
-        return (await together([rollout]))[0]
+        def combine(answers: list[list[Any]]) -> list[Score]:
+            columns = [
+                (spec, as_scores(answer, each, rollouts)) for (spec, each), answer in zip(loaded, answers, strict=True)
+            ]
+            return [_sum(wanted, [(spec, scores[row]) for spec, scores in columns]) for row in range(len(rollouts))]
+
+        # Verifiers that are not asynchronous run outside of any event loop, and may start one of their own.
+        if any(inspect.isawaitable(each) for answer in answers for each in answer):
+            return _later(answers, combine)
+        return combine(answers)
+
+    def alone(rollout: Rollout) -> Any:
+        scores = together([rollout])
+        return _first(scores) if inspect.isawaitable(scores) else scores[0]
 
     return verifier()(alone) if widest == "rollout" else verifier(takes=widest)(together)
+
+
+async def _later(answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]]) -> list[Score]:
+    return combine([[await settled(each) for each in answer] for answer in answers])
+
+
+async def _first(scores: Awaitable[list[Score]]) -> Score:
+    return (await scores)[0]
 
 
 @register("length")
@@ -65,6 +98,8 @@ def length_verifier(free: int, most: int) -> Verifier:
         raise ValueError(f"verifier: length has free={free} and most={most}; accepted are 0 <= free < most")
 
     def verify(rollout: Rollout) -> float:
+        if rollout.completion and not rollout.token_ids:
+            raise ValueError("length: the completion has no token_ids to count")
         return -min(1.0, max(0.0, (len(rollout.token_ids) - free) / (most - free)))
 
     return verify
@@ -89,10 +124,11 @@ def _sum(parts: Sequence[Part], judged: Sequence[tuple[VerifierSpec, Score]]) ->
     for part in parts:
         score = next(score for spec, score in judged if spec == VerifierSpec(part.verifier, dict(part.options)))
         if score.error is not None:
-            return Score(None, error=f"{part.name}: {score.error}")
+            kind = InvalidScore if isinstance(score, InvalidScore) else Score
+            return kind(None, error=f"{part.name}: {score.error}")
         if part.of is not None and part.of != ACCURACY and part.of not in score.components:
             has = ", ".join(score.components) or "none"
-            return Score(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
+            return InvalidScore(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
         numbers[part.name] = _number(part, score)
     components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
     accuracy = next((score.accuracy for _, score in judged if score.accuracy is not None), None)

@@ -32,8 +32,6 @@ _EXTRACT: dict[Template, Extract] = {"chat": "answer", "plain": "text"}
 _MAX_TOKENS: dict[Template, int] = {"chat": 1024, "plain": 256}
 _STOP: dict[Template, tuple[str, ...]] = {"chat": (), "plain": ("\nQuestion:",)}
 
-COMPARES = False
-
 
 class ReasoningGym:
     """The task of a reasoning-gym data set.

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.base import Rollout, Score, VerifierSpec, judge, takes
+from rewards.base import Rollout, Score, VerifierSpec, judge_now, takes
+from workers.scoring import Scorer
 
 MINE = """
 from rewards.base import Score, verifier
@@ -45,7 +46,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(parts: list[dict[str, Any]], *completions: str) -> list[Score]:
     rollouts = [Rollout("", text, "x", {}, token_ids=tuple(range(len(text)))) for text in completions]
     verifier = VerifierSpec("sum", {"parts": parts}).load()
-    return asyncio.run(judge(verifier, rollouts))
+    return judge_now(verifier, rollouts, asyncio.run)
 
 
 def part(mine: Path, function: str, **fields: Any) -> dict[str, Any]:
@@ -77,6 +78,27 @@ def test_a_part_is_clipped_before_it_is_weighted(low: float, size: float, weight
     for text in ("", "ab", "abcdef"):
         unclipped = -min(1.0, len(text) / 4)
         assert scores(parts, text)[0].value == weight * min(max(unclipped, low), low + size)
+
+
+def test_a_part_may_start_an_event_loop_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import asyncio\nasync def one():\n    return 1.0\ndef loop(rollout):\n    return asyncio.run(one())\n"
+    )
+    assert scores([{"name": "own", "verifier": f"{file}:loop"}], "x") == [Score(1.0, {"own": 1.0})]
+
+
+def test_what_is_wrong_with_a_part_is_a_failure_and_not_a_missing_score(mine: Path) -> None:
+    for parts in ([part(mine, "broken")], [part(mine, "form", of="spelling")]):
+        with Scorer(VerifierSpec("sum", {"parts": parts})) as scorer:
+            scorer.submit("key", Rollout("", "x", "", {}))
+            assert scorer.drain()["key"].value is None
+            assert scorer.failures == {"invalid value": 1}
+
+
+def test_a_length_needs_tokens() -> None:
+    with pytest.raises(ValueError, match="no token_ids"):
+        VerifierSpec("length", {"free": 1, "most": 2}).load()(Rollout("", "x", "", {}))  # type: ignore[arg-type]
 
 
 def test_a_part_without_a_verdict_counts_nothing(mine: Path) -> None:

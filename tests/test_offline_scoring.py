@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from es_engine import scoring
-from es_engine.config import ConfigError, load_config, load_task, task_kinds
+from es_engine.cli import app
+from es_engine.config import ConfigError, explain, load_config, load_task, task_kinds
 from rewards.base import VerifierSpec
 
 ROW = {"prompt": "3 7 2 = 27:", "numbers": [3, 7, 2], "target": "27", "answer": "27", "note": "kept"}
@@ -150,6 +153,32 @@ def test_a_reward_of_parts_is_the_tasks_verifier(tmp_path: Path) -> None:
     assert scored["score"] == pytest.approx(1.13)
 
 
-def test_a_part_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^task\.reward: .* accepted is null or a mapping, each value a mapping of"):
-        load_task("countdown", ["task.reward.form.wieght=2"])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("form.wieght=2", "task.reward.form.wieght: unknown key, perhaps weight; accepted are verifier, options, of"),
+        ("form.weight=heavy", 'task.reward.form.weight: got "heavy", accepted is a number'),
+        ("form=2", "task.reward.form: got 2, accepted is null or a mapping, each value a mapping of verifier"),
+        ("form.clip=[1, 0]", "task.reward.form.clip: got [1.0, 0.0], accepted is [the least, the greatest]"),
+        ("form.options={free: 1}", "task.reward.form.options: got {"),
+        ("form.gate=right", 'task.reward.form.gate: got "right", accepted is null or another part (none)'),
+    ],
+)
+def test_a_part_that_makes_no_sense_is_named(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(sentence)):
+        load_task("countdown", [f"task.reward.{override}"])
+
+
+def test_a_reward_without_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^task\.reward: got {}, accepted is null or a"):
+        load_task("countdown", ["task.reward={}"])
+
+
+def test_the_parts_are_explained() -> None:
+    assert "  task.reward.NAME.gate (null or non-empty text; default null): Another part" in explain()
+
+
+def test_what_is_shown_of_a_verifier_that_fails_is_its_error(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def broken(rollout):\n    raise KeyError('no such column')\n")
+    result = CliRunner().invoke(app, ["tasks", "--show", "sudoku", "--set", f"task.verifier={tmp_path}/mine.py:broken"])
+    assert "the verifier raised KeyError: 'no such column'" in result.output

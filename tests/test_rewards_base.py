@@ -65,6 +65,31 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
     assert VerifierSpec(f"{file}:score").load()(ROLLOUT) == len("3*(7+2)")
 
 
+def test_a_file_is_loaded_once(tmp_path: Path) -> None:
+    file = tmp_path / "named.py"
+    file.write_text(
+        "from rewards.base import verifier\n@verifier('named in a file')\ndef one(rollout):\n    return 1\n"
+        "def two(rollout):\n    return 2\n"
+    )
+    names = ("one", "one", "two")
+    verdicts = [VerifierSpec(f"{file}:{name}").load()(ROLLOUT) for name in names]  # type: ignore[arg-type]
+    assert verdicts == [1, 1, 2]
+    assert VerifierSpec("named in a file").load()(ROLLOUT) == 1  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_loaded_is_tried_again(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            VerifierSpec(f"{file}:f").load()
+
+
+def test_a_users_function_takes_no_options(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine\.py:f takes no options; leave out weight"):
+        VerifierSpec("mine.py:f", {"weight": 1}).load()
+
+
 def test_a_file_without_the_function(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("reward = 1\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from es_engine import noise
+from es_engine.spaces.base import Matrix
+from es_engine.spaces.lora import Placement
 from workers.engine import CENTER, Member
 from workers.perturbation import Perturber
 
@@ -95,3 +99,25 @@ def test_a_factor_is_written_only_when_all_its_noise_is_there() -> None:
         writer.write(1, each, 5, 0.25, Member(3, 1))
         theta = torch.from_numpy(each.theta(5, 0.25, Member(3, 1)))
         assert all(torch.equal(place.targets[1], place.of(theta) * place.scale) for place in places)
+
+
+def place_of(share: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The place of a B (8, 2) that begins at coordinate 10, on a rank whose share of it is this."""
+    from workers.vllm_extension import SlotExtension, SlotTensor
+
+    extension: Any = SlotExtension()
+    layer = SimpleNamespace(tp_size=2, n_slices=1, lora_a_stacked=(torch.zeros(0),), slice_lora_b=share)
+    extension._es_tensors = {("m", "B"): SlotTensor(layer, 0, torch.zeros(SLOTS, 1, 4, 2))}
+    extension._es_space = SimpleNamespace(scaling=2.0)
+    return extension._es_place(Placement(Matrix("m", 4, 8, 1.0), "B", 10, 26, (8, 2), 0.5))
+
+
+def test_the_place_of_a_ranks_share() -> None:
+    place = place_of(lambda b: b[4:])
+    assert (place.start, place.stop, place.stride, place.scale) == (18, 26, 2, 1.0)
+    assert place.targets.shape == (SLOTS, 4, 2)
+
+
+def test_a_share_in_pieces_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^pool\.tensor_parallel: a worker's share of m is in several pieces"):
+        place_of(lambda b: torch.cat([b[:2], b[6:]]))

@@ -182,14 +182,9 @@ def _model_folder(setup: WorkerSetup) -> Path:
 
 
 def _build_scorer(config: Config) -> Any:
-    from workers.scoring import Scorer
+    from workers.scoring import open_scorer
 
-    memory = config.task.memory_gb
-    return Scorer(
-        config.task.build().verifier,
-        deadline=config.task.deadline,
-        memory_bytes=int(memory * GIB) if memory is not None else None,
-    )
+    return open_scorer(config.task, config.task.build().verifier)
 
 
 def _run_canary(engine: PopulationEngine, setup: WorkerSetup, model: Path, with_reference: bool) -> Any:

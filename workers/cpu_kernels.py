@@ -173,30 +173,31 @@ def _expand(y: Array, shrunk: Array, b: Array, tokens: Array, bounds: Array, slo
 
 def _shrink_rows(out: Array, x: Array, a: Array, tokens: Array, bounds: Array, slots: Array) -> None:
     rows, fan_in = a.shape[1], a.shape[2]
-    for group in numba.prange(len(slots)):
+    blocks = (rows + 3) // 4
+    for item in numba.prange(len(slots) * blocks):
+        group, first = item // blocks, item % blocks * 4
+        count = min(4, rows - first)
         wide = np.empty(fan_in, np.float32)
         four = np.empty((4, fan_in), np.float32)
-        for k in range(0, rows, 4):
-            block = min(4, rows - k)
-            for row in range(4):
-                narrow_row, wide_row = a[slots[group], k + min(row, block - 1)], four[row]
-                for i in range(fan_in):
-                    wide_row[i] = _widen(narrow_row[i])
-            a0, a1, a2, a3 = four[0], four[1], four[2], four[3]
-            for place in range(bounds[group], bounds[group + 1]):
-                token = tokens[place]
-                narrow_x = x[token]
-                for i in range(fan_in):
-                    wide[i] = _widen(narrow_x[i])
-                s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for i in range(fan_in):
-                    s0 += a0[i] * wide[i]
-                    s1 += a1[i] * wide[i]
-                    s2 += a2[i] * wide[i]
-                    s3 += a3[i] * wide[i]
-                for row, total in enumerate((s0, s1, s2, s3)):
-                    if row < block:
-                        out[token, k + row] = _narrow(total, out[token, k + row])
+        for row in range(4):
+            narrow_row, wide_row = a[slots[group], first + min(row, count - 1)], four[row]
+            for i in range(fan_in):
+                wide_row[i] = _widen(narrow_row[i])
+        a0, a1, a2, a3 = four[0], four[1], four[2], four[3]
+        for place in range(bounds[group], bounds[group + 1]):
+            token = tokens[place]
+            narrow_x = x[token]
+            for i in range(fan_in):
+                wide[i] = _widen(narrow_x[i])
+            s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for i in range(fan_in):
+                s0 += a0[i] * wide[i]
+                s1 += a1[i] * wide[i]
+                s2 += a2[i] * wide[i]
+                s3 += a3[i] * wide[i]
+            for row, total in enumerate((s0, s1, s2, s3)):
+                if row < count:
+                    out[token, first + row] = _narrow(total, out[token, first + row])
 
 
 _add_expanded = numba.njit(_expand, nogil=True, fastmath={"contract"})

@@ -1,9 +1,10 @@
-"""Verifiers in killable processes: whatever a verifier does to its process costs one rollout, never the run.
+"""Verifiers in killable processes: whatever a verifier does to its process costs what it was asked about, no more.
 
 One thread, the supervisor, owns every child process. It sleeps only in poll(), and no longer than to the next
 deadline; it never blocks on a child's socket, so neither side can make the other wait for ever. A child works
 through its jobs in order, so the first of them is the one it is at: that one's clock runs from the reply before it,
-and that one is charged when the child is late, dies or cannot be started. The others go to another child.
+and that one is charged when the child is late, dies or cannot be started. The others go to another child. A job is one
+rollout, or those that the verifier takes at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+from es_engine.config import TaskConfigModel
 from rewards.base import Rollout, Score, Takes, VerifierSpec
 from workers.chunks import NO_SCORE
 from workers.scoring_child import MAX_ERROR, Failure, plain_score
@@ -37,11 +39,18 @@ MAX_REPLY = 1 << 20  # bytes
 REAP_TIMEOUT = 30.0  # seconds; only a process stuck in the kernel outlives SIGKILL
 
 
+def open_scorer(task: TaskConfigModel, verifier: VerifierSpec, processes: int = 1) -> Scorer:
+    """A scorer within the limits of a task's config. Raises ValueError where the verifier cannot be loaded."""
+    memory_bytes = None if task.memory_gb is None else int(task.memory_gb * 1e9)
+    return Scorer(verifier, processes, task.deadline, memory_bytes)
+
+
 class Scorer:
     """Scores rollouts in child processes while the caller does something else.
 
     `deadline` is in seconds, for each rollout, from when the verifier starts on it; `memory_bytes` limits a child's
-    address space; `start_timeout` is in seconds, for loading the verifier. `failures` counts the rollouts that have
+    address space; `start_timeout` is in seconds, for loading the verifier; a
+    child is replaced after `recycle` rollouts. `failures` counts the rollouts that have
     no score by kind: timeout, exception, invalid value, died, out of memory, or no score where the verifier gave none.
 
     Raises ValueError where the verifier cannot be loaded.
@@ -97,20 +106,16 @@ class Scorer:
     def submit_group(self, keys: Sequence[Hashable], rollouts: Sequence[Rollout]) -> None:
         """The same for all completions of one prompt by one member, which a verifier that takes a group sees
         together; they share as many deadlines as they are."""
-        lines = [_line(rollout) for rollout in rollouts]
-        together = self._takes == "group"
-        jobs = (
-            [_Job(tuple(keys), lines)]
-            if together
-            else [_Job((key,), [line]) for key, line in zip(keys, lines, strict=True)]
-        )
+        jobs = [_Job((key,), [_line(rollout)]) for key, rollout in zip(keys, rollouts, strict=True)]
+        if self._takes == "group":
+            jobs = [_Job(tuple(keys), [line for job in jobs for line in job.lines])]
         with self._changed:
             if self._closing or self._stopped:
                 raise self._crash or RuntimeError("the scorer is closed")
             for key in keys:
                 if key in self._unscored or key in self._scores:
                     raise ValueError(f"scorer: the key {key!r} was submitted twice")
-                self._unscored.add(key)
+            self._unscored.update(keys)
             self._todo.extend(jobs)
             os.eventfd_write(self._wake, 1)
 
@@ -175,7 +180,7 @@ class Scorer:
         """The next of what there is to do; for a verifier that takes batches, as much of it as makes one."""
         job = self._todo.popleft()
         if self._takes == "batch":
-            while self._todo and len(job.keys) < BATCH:
+            while self._todo and len(job.keys) + len(self._todo[0].keys) <= BATCH:
                 more = self._todo.popleft()
                 job = _Job(job.keys + more.keys, job.lines + more.lines)
         return job

@@ -3,8 +3,6 @@
 vLLM mixes `SlotExtension` into its worker class (`worker_extension_cls`), and the engine calls it by
 `collective_rpc`, so the same code writes the slots of one process or of every rank of a tensor-parallel worker. What
 crosses is theta once a generation and a few numbers a member; perturbed adapters are made here.
-
-vLLM would fold alpha/r into B on loading an adapter. No adapter is loaded here, so alpha/r is applied to B here, once.
 """
 
 from __future__ import annotations
@@ -122,11 +120,16 @@ class SlotExtension:
     def _es_place(self, placement: Placement) -> Place:
         """Where this rank's share of a trained factor goes."""
         tensor = self._es_tensors[placement.matrix.name, placement.factor]
-        share = _shard(tensor, torch.arange(placement.start, placement.stop).view(placement.shape))
+        coordinates = torch.arange(placement.stop - placement.start)
+        share = _shard(tensor, coordinates.view(placement.shape))
+        first, stride = int(share[0, 0]), share.stride(0)
+        if not torch.equal(share, coordinates.as_strided(share.shape, (stride, 1), first)):
+            name = placement.matrix.name
+            raise ValueError(f"pool.tensor_parallel: a worker's share of {name} is in several pieces; accepted is 1")
         rows, columns = share.shape
         scale = placement.scale * (self._es_space.scaling if placement.factor == "B" else 1.0)
         targets = tensor.stack[:, 0, :rows, :columns]
-        return Place(int(share[0, 0]), placement.stop, share.stride(0), scale, targets)
+        return Place(placement.start + first, placement.stop, stride, scale, targets)
 
 
 def _untrained(space: LoraSpace) -> Factor | None:

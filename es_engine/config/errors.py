@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from es_engine.config.base import ConfigError, in_yaml
-from es_engine.config.reflection import accepted_by, kinds_of, models_of, one_of
+from es_engine.config.reflection import accepted_by, kinds_of, models_of, models_of_values, one_of
 
 
 def as_config_error(error: ValidationError, root: type[BaseModel], data: Mapping[str, Any]) -> ConfigError:
@@ -50,7 +50,12 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str
     keys: list[str] = []
     model, info = root, None
     models: tuple[type[BaseModel], ...] = (root,)
+    values: tuple[type[BaseModel], ...] = ()
     for part in loc:
+        if values:  # this part is the name of one of a mapping
+            keys.append(str(part))
+            models, values = values, ()
+            continue
         if not models:
             break
         if len(models) > 1:
@@ -60,6 +65,7 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str
         info = model.model_fields.get(str(part))
         keys.append(str(part))
         models = models_of(info.annotation) if info else ()
+        values = models_of_values(info.annotation) if info else ()
     return keys, model, info
 
 

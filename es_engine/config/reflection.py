@@ -37,6 +37,15 @@ def models_of(annotation: Any) -> tuple[type[BaseModel], ...]:
     return (annotation,) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
 
 
+def models_of_values(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The models that the values of a mapping may be; empty for a field that holds no such mapping."""
+    if get_origin(annotation) is Annotated:
+        return models_of_values(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(model for arm in get_args(annotation) for model in models_of_values(arm))
+    return models_of(get_args(annotation)[1]) if get_origin(annotation) is dict else ()
+
+
 def kinds_of(*models: type[BaseModel]) -> list[str]:
     """The kinds that models are chosen by, the default one first; empty where there are none."""
     fields = [model.model_fields["kind"] for model in models if "kind" in model.model_fields]
@@ -65,6 +74,8 @@ def field_docs(model: type[BaseModel], prefix: str = "", kind: str | None = None
         for inner in models:
             # A schedule belongs to the kind of its axis; its own kinds share all fields.
             yield from field_docs(inner, f"{prefix}{name}.", kind or next(iter(kinds_of(inner)), None))
+        for inner in models_of_values(info.annotation):
+            yield from field_docs(inner, f"{prefix}{name}.NAME.", kind)
 
 
 def _default(info: FieldInfo) -> str | None:

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from rewards.base import DIALECTS, Message, Rollout, Score, Verifier, as_score, verifier
+from rewards.base import DIALECTS, Message, Rollout, Score, Verifier, as_score, takes
 
 BatchVerifier = Callable[[Sequence[Rollout]], list[Score] | Awaitable[list[Score]]]
 """The scores of n rollouts, in their order; awaitable where the reward is asynchronous."""
@@ -62,27 +62,25 @@ class Reference:
 
 
 class Dialect(Protocol):
-    """A module of `DIALECTS`. One that `COMPARES` lets a reward see all answers to a prompt together."""
-
-    COMPARES: bool
+    """A module of `DIALECTS`."""
 
     def load(self, reference: Reference) -> BatchVerifier:
-        """The verifier of a reward. Raises ValueError where there is none."""
+        """The verifier of a reward, made by `verifier(takes="group")` where it may compare the answers to a prompt.
+        Raises ValueError where there is none."""
         ...
 
 
 def load(name: str, options: Mapping[str, Any]) -> Verifier:
-    """The verifier of a reward. Raises what `load_batch` raises."""
+    """The verifier of a reward: of a group where it compares the answers to a prompt. Raises what `load_batch`
+    raises."""
     score_batch = load_batch(name, options)
-
-    @verifier(takes="group")
-    def verify_group(rollouts: list[Rollout]) -> Any:
-        return score_batch(rollouts)
+    if takes(score_batch) == "group":
+        return score_batch
 
     def verify(rollout: Rollout) -> Any:
         return then(score_batch([rollout]), lambda scores: scores[0])
 
-    return verify_group if _dialect(name).COMPARES else verify
+    return verify
 
 
 def load_batch(name: str, options: Mapping[str, Any]) -> BatchVerifier:
@@ -91,16 +89,13 @@ def load_batch(name: str, options: Mapping[str, Any]) -> BatchVerifier:
     `options` are further arguments of the call. Raises ValueError, in one sentence, where a file, a function or a
     package is missing or the arguments do not fit.
     """
-    reference = _parse(name, name.partition(":")[2], options)
+    prefix, _, rest = name.partition(":")
+    dialect: Dialect = importlib.import_module(DIALECTS[prefix])
+    reference = _parse(name, rest, options)
     try:
-        return _dialect(name).load(reference)
+        return dialect.load(reference)
     except ModuleNotFoundError as error:
         raise missing_package(f"verifier: {name}", error) from error
-
-
-def _dialect(name: str) -> Dialect:
-    dialect: Any = importlib.import_module(DIALECTS[name.partition(":")[0]])
-    return dialect
 
 
 def missing_package(what: str, error: ModuleNotFoundError) -> ValueError:

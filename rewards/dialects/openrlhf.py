@@ -11,10 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from rewards import dialects
-from rewards.base import Rollout, Score, load_function
+from rewards.base import Rollout, Score, load_function, verifier
 from rewards.dialects import BatchVerifier, Reference, then
-
-COMPARES = True
 
 
 def load(reference: Reference) -> BatchVerifier:
@@ -22,6 +20,7 @@ def load(reference: Reference) -> BatchVerifier:
     reference.refuse_arguments()
     reward = load_function(reference.where, reference.function or "reward_func")
 
+    @verifier(takes="group")
     def score_batch(rollouts: Sequence[Rollout]) -> Any:
         prompts = [rollout.prompt for rollout in rollouts]
         queries = [rollout.prompt + rollout.completion for rollout in rollouts]

@@ -11,16 +11,15 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.base import Rollout, Score, load_function
+from rewards.base import Rollout, Score, load_function, verifier
 from rewards.dialects import BatchVerifier, Reference, as_asked, scores, then
-
-COMPARES = True
 
 
 def load(reference: Reference) -> BatchVerifier:
     """The verifier of a reward function. Raises ValueError where there is none, ModuleNotFoundError without trl."""
     reward = _reward(reference)
 
+    @verifier(takes="group")
     def score_batch(rollouts: Sequence[Rollout]) -> Any:
         asked = [as_asked(rollout) for rollout in rollouts]
         given = {

@@ -21,12 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards import dialects
-from rewards.base import Message, Rollout, Score, load_module
+from rewards.base import Message, Rollout, Score, load_module, verifier
 from rewards.dialects import BatchVerifier, Reference, as_asked, chat, then, verifiers_tasks
 
 GROUP_NAMES = {"prompts", "completions", "answers", "states", "tasks", "infos"}
-
-COMPARES = True
 
 
 def load(reference: Reference) -> BatchVerifier:
@@ -53,6 +51,7 @@ def _of_environment(environment: Any, reference: Reference) -> BatchVerifier:
     if not hasattr(environment, "rubric"):
         raise ValueError(f"verifier: load_environment() of {reference.where} made no environment with a rubric")
 
+    @verifier(takes="group")
     async def score_batch(rollouts: Sequence[Rollout]) -> list[Score]:
         states = [await _state(environment, rollout) for rollout in rollouts]
         await environment.rubric.score_group(states)
@@ -86,6 +85,7 @@ def _of_function(function: Callable[..., Any], reference: Reference) -> BatchVer
         given = {**given, **parser}
         return function(**{name: value for name, value in given.items() if takes_any or name in parameters})
 
+    @verifier(takes="group")
     def score_group(rollouts: Sequence[Rollout]) -> Any:
         given = [_given(rollout) for rollout in rollouts]
         rewards = call({f"{name}s": [each[name] for each in given] for name in given[0]})

@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards import dialects
-from rewards.base import Rollout, Score, load_function
+from rewards.base import Rollout, Score, load_function, verifier
 from rewards.dialects import BatchVerifier, Reference, then
-
-COMPARES = True
 
 
 def load(reference: Reference) -> BatchVerifier:
@@ -25,6 +23,7 @@ def load(reference: Reference) -> BatchVerifier:
     arguments = reference.arguments or {}
     takes_batch = "solution_strs" in inspect.signature(compute).parameters
 
+    @verifier(takes="group" if takes_batch else "rollout")
     def score_batch(rollouts: Sequence[Rollout]) -> Any:
         rows = [_row(rollout) for rollout in rollouts]
         results: Any

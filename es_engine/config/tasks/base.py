@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from es_engine.config.base import ConfigModel, PositiveFloat, PositiveInt, Seed, Text
+from es_engine.config.base import ConfigModel, PositiveFloat, PositiveInt, Seed, Text, problem
 from rewards.base import Task, VerifierSpec
 
 OWN = "task"
@@ -28,6 +28,14 @@ class RewardPartConfig(ConfigModel):
     gate: Text | None = Field(
         default=None, description="Another part, without which (its number 0 or less) this one counts 0; null: none."
     )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.verifier == OWN and self.options:
+            raise problem("options", self.options, "nothing for the task's own verifier")
+        if self.clip is not None and self.clip[0] > self.clip[1]:
+            raise problem("clip", self.clip, "[the least, the greatest]")
+        return self
 
     def arguments(self, own: VerifierSpec) -> dict[str, Any]:
         """The keyword arguments of a `rewards.composition.Part`, where the task's own verifier is `own`."""
@@ -52,13 +60,21 @@ class TaskConfigModel(ConfigModel):
         default=None,
         description="Your own: path/to/file.py:function or package.module:function; null: the task's.",
     )
-    reward: dict[str, RewardPartConfig] | None = Field(
+    reward: Annotated[dict[str, RewardPartConfig], Field(min_length=1)] | None = Field(
         default=None, description="Parts, by name, whose sum is the reward; null: what the verifier says."
     )
     deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
     memory_gb: PositiveFloat | None = Field(
         default=None, description="Memory in GB a scoring process may use; null: no limit."
     )
+
+    @model_validator(mode="after")
+    def _gates_are_parts(self) -> Self:
+        for name, part in (self.reward or {}).items():
+            others = [other for other in self.reward or {} if other != name]
+            if part.gate is not None and part.gate not in others:
+                raise problem(f"reward.{name}.gate", part.gate, f"null or another part ({', '.join(others) or 'none'})")
+        return self
 
     def build(self) -> Task:
         """The task itself. Raises ValueError, naming the field, for values that give no problems."""
