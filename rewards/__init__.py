@@ -8,4 +8,5 @@ from rewards import conciseness as conciseness
 from rewards import countdown as countdown
 from rewards import guess as guess
 from rewards import maths as maths
+from rewards import reward_model as reward_model
 from rewards import sudoku as sudoku
