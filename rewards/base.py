@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -251,22 +252,26 @@ def load_module(where: str) -> ModuleType:
     return _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where)
 
 
+_LOADING = threading.RLock()  # a file may load another
+
+
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"verifier: no file {path}")
     path = path.resolve()
     name = f"verifier_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
-    if name not in sys.modules:  # dataclasses and pickle look their module up there
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    with _LOADING:  # another thread must not find the module half loaded
+        if name not in sys.modules:  # dataclasses and pickle look their module up there
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[name])
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
 
 
 def _module_by_name(name: str) -> ModuleType:

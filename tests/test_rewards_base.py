@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_a_file_is_loaded_once(tmp_path: Path) -> None:
     verdicts = [VerifierSpec(f"{file}:{name}").load()(ROLLOUT) for name in names]  # type: ignore[arg-type]
     assert verdicts == [1, 1, 2]
     assert VerifierSpec("named in a file").load()(ROLLOUT) == 1  # type: ignore[arg-type]
+
+
+def test_threads_that_load_a_file_together_all_find_the_function(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text("import time\ntime.sleep(0.2)\ndef f(rollout):\n    return 1\n")
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(VerifierSpec(f"{file}:f").load) for _ in range(4)]
+    assert len({future.result() for future in found}) == 1
 
 
 def test_a_file_that_cannot_be_loaded_is_tried_again(tmp_path: Path) -> None:
