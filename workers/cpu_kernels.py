@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llvmlite import ir
-from llvmlite.binding import ffi
 from numba import types
 from numba.extending import intrinsic
 
@@ -31,9 +30,6 @@ COLUMNS = 256
 
 SPAN = 2048
 """Coordinates that are put in a slot's order at a time."""
-
-# At its start vLLM looks into the __dict__ of every object of every module, and this one would answer with a function.
-ffi.lib._fntab["__dict__"] = {}
 
 _WHOLE = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _FLOAT, _INT32, _HALF = ir.FloatType(), ir.IntType(32), ir.HalfType()

@@ -11,10 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llvmlite.binding import ffi
 from vllm import ir
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 from vllm.v1.sample.sampler import Sampler
+
+# At its start vLLM looks into the __dict__ of every object of every module, and once numba is there this one would answer
+# with a function.
+ffi.lib._fntab["__dict__"] = {}
 
 VECTOR = 8
 """The kernels take rows of a multiple of so many numbers."""
