@@ -17,7 +17,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 from vllm.v1.sample.sampler import Sampler
 
-# At its start vLLM looks into the __dict__ of every object of every module, and once numba is there this one would answer
+# At its start vLLM looks into the __dict__ of every object of every module; once numba is there, this one would answer
 # with a function.
 ffi.lib._fntab["__dict__"] = {}
 
