@@ -32,7 +32,7 @@ class Graded:
 
 def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, Any]:
     """Score the completions of a file of JSON lines, and write the same lines with `score`, `accuracy`, `components`
-    and `error`; the summary.
+    and `error`, and what `notes` the verifier made; the summary.
 
     A line has `prompt` (text, or a chat's messages), `completion` and the fields of the data row, such as `answer`; for
     verifiers that look at them, also `token_ids` and `finish_reason`. Lines in a row with equal prompts are a group.
@@ -99,12 +99,8 @@ def _answered(example: Example, completion: str) -> Rollout:
 
 
 def _fields(score: Score) -> dict[str, Any]:
-    return {
-        "score": score.value,
-        "accuracy": score.accuracy,
-        "components": score.components,
-        "error": score.error,
-    }
+    fields = {"score": score.value, "accuracy": score.accuracy, "components": score.components, "error": score.error}
+    return fields | ({"notes": score.notes} if score.notes else {})
 
 
 def _summary(rows: list[dict[str, Any]], failures: Mapping[str, int]) -> dict[str, Any]:

@@ -61,13 +61,15 @@ class Score:
     """A verifier's verdict.
 
     `value` is the reward, None when there is no score; `components` are its named parts; `accuracy` (0 to 1) is
-    exact correctness, apart from any shaping; `error` says why there is no score.
+    exact correctness, apart from any shaping; `error` says why there is no score. `notes` are what else the verifier
+    has to say, as JSON can write it; they are kept with the sample.
     """
 
     value: float | None
     components: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
     error: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 DIALECTS = {

@@ -48,27 +48,28 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     """The sum of parts, each the keyword arguments of a `Part`.
 
     The score's components are the parts by name, weighted, so that they sum to its value; its accuracy is that of the
-    first part whose verifier has one. A part whose number is None counts nothing; if all are, there is no score. A part
-    with an error leaves the rollout without a score. Verifiers that several parts name are asked once. Raises
-    ValueError for two parts of a name, for a gate that is no part, and for a verifier that does not exist.
+    first part whose verifier has one, its notes those of the parts. A part whose number is None counts nothing; if all
+    are, there is no score. A part with an error leaves the rollout without a score. Verifiers that several parts name
+    are asked once. Raises ValueError for two parts of a name, for a gate that is no part, and for a verifier that does
+    not exist.
     """
     wanted = [Part(**part) for part in parts]
     _check(wanted)
-    loaded: list[tuple[VerifierSpec, Verifier]] = []
-    for part in wanted:
-        spec = VerifierSpec(part.verifier, dict(part.options))
-        if all(spec != known for known, _ in loaded):
-            loaded.append((spec, spec.load()))
-    widest = max((takes(each) for _, each in loaded), key=_WIDEST.index)
+    asked = [VerifierSpec(part.verifier, dict(part.options)) for part in wanted]
+    specs = [spec for place, spec in enumerate(asked) if spec not in asked[:place]]
+    loaded = [spec.load() for spec in specs]
+    column_of = {part.name: specs.index(spec) for part, spec in zip(wanted, asked, strict=True)}
+    widest = max(map(takes, loaded), key=_WIDEST.index)
 
     def together(rollouts: list[Rollout]) -> Any:
-        answers = [ask(each, rollouts) for _, each in loaded]
+        answers = [ask(each, rollouts) for each in loaded]
 
         def combine(answers: list[list[Any]]) -> list[Score]:
-            columns = [
-                (spec, as_scores(answer, each, rollouts)) for (spec, each), answer in zip(loaded, answers, strict=True)
+            columns = [as_scores(answer, each, rollouts) for each, answer in zip(loaded, answers, strict=True)]
+            return [
+                _sum(wanted, {name: columns[column][row] for name, column in column_of.items()})
+                for row in range(len(rollouts))
             ]
-            return [_sum(wanted, [(spec, scores[row]) for spec, scores in columns]) for row in range(len(rollouts))]
 
         # Verifiers that are not asynchronous run outside of any event loop, and may start one of their own.
         if any(inspect.isawaitable(each) for answer in answers for each in answer):
@@ -119,10 +120,10 @@ def _check(parts: Sequence[Part]) -> None:
             raise ValueError(f"reward: the clip of {part.name!r} is {list(part.clip)}; accepted is [least, greatest]")
 
 
-def _sum(parts: Sequence[Part], judged: Sequence[tuple[VerifierSpec, Score]]) -> Score:
+def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
     numbers: dict[str, float | None] = {}
     for part in parts:
-        score = next(score for spec, score in judged if spec == VerifierSpec(part.verifier, dict(part.options)))
+        score = scores[part.name]
         if score.error is not None:
             kind = InvalidScore if isinstance(score, InvalidScore) else Score
             return kind(None, error=f"{part.name}: {score.error}")
@@ -131,8 +132,9 @@ def _sum(parts: Sequence[Part], judged: Sequence[tuple[VerifierSpec, Score]]) ->
             return InvalidScore(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
         numbers[part.name] = _number(part, score)
     components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
-    accuracy = next((score.accuracy for _, score in judged if score.accuracy is not None), None)
-    return Score(sum(components.values()) if components else None, components, accuracy)
+    accuracy = next((score.accuracy for score in scores.values() if score.accuracy is not None), None)
+    notes = {name: score.notes for name, score in scores.items() if score.notes}
+    return Score(sum(components.values()) if components else None, components, accuracy, notes=notes)
 
 
 def _number(part: Part, score: Score) -> float | None:

@@ -26,6 +26,9 @@ async def right(rollout):
 def sometimes(rollout):
     return None if rollout.completion == "skip" else 2.0
 
+def noted(rollout):
+    return Score(1.0, notes={"read": rollout.completion})
+
 def broken(rollout):
     return "rubbish"
 
@@ -51,6 +54,11 @@ def scores(parts: list[dict[str, Any]], *completions: str) -> list[Score]:
 
 def part(mine: Path, function: str, **fields: Any) -> dict[str, Any]:
     return {"name": function, "verifier": f"{mine}:{function}", **fields}
+
+
+def test_notes_are_kept_by_part(mine: Path) -> None:
+    (score,) = scores([part(mine, "right"), part(mine, "noted")], "x")
+    assert score.notes == {"noted": {"read": "x"}}
 
 
 def test_parts_are_weighted_and_named(mine: Path) -> None:

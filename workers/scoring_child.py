@@ -52,12 +52,16 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def plain_score(score: Score) -> Score:
-    """The same score in finite floats and short text. Raises TypeError, ValueError and the like where it cannot be."""
+    """The same score in finite floats, short text and what JSON can write.
+
+    Raises TypeError, ValueError and the like where it cannot be.
+    """
     return Score(
         value=None if score.value is None else _finite(score.value),
         components={str(name): _finite(part) for name, part in score.components.items()},
         accuracy=None if score.accuracy is None else _finite(score.accuracy),
         error=None if score.error is None else str(score.error)[:MAX_ERROR],
+        notes=_plain(score.notes),
     )
 
 
@@ -96,7 +100,7 @@ def _judge(verifier: Verifier, rollouts: list[Rollout], runner: asyncio.Runner) 
 def _checked(score: Score) -> tuple[Score, Failure | None]:
     try:
         return plain_score(score), "invalid value" if isinstance(score, InvalidScore) else None
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         return Score(None, error=f"the verifier returned an invalid score: {_describe(error)}"), "invalid value"
 
 
@@ -108,7 +112,20 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
 
 def _fields(score: Score) -> dict[str, Any]:
     # dataclasses.asdict copies what it finds, at several times the cost.
-    return {"value": score.value, "components": score.components, "accuracy": score.accuracy, "error": score.error}
+    return {
+        "value": score.value,
+        "components": score.components,
+        "accuracy": score.accuracy,
+        "error": score.error,
+        "notes": score.notes,
+    }
+
+
+def _plain(notes: Any) -> dict[str, Any]:
+    if not isinstance(notes, dict):
+        raise TypeError(f"notes are a {type(notes).__name__}, not a dict")
+    plain: dict[str, Any] = json.loads(json.dumps(notes, allow_nan=False)) if notes else {}
+    return plain
 
 
 def _finite(number: Any) -> float:
