@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import Row, draw_bars, options, report, take_turns
 
-from es_engine.config import load_task
+from es_engine.config import SingleTurnTaskConfig, load_task
 from rewards.base import Rollout, VerifierSpec, judge_now
 from workers.scoring import Scorer
 
@@ -60,7 +60,9 @@ SPIN = VerifierSpec(f"{__file__}:spin")
 
 def task_rollouts(kind: str, count: int) -> tuple[VerifierSpec, list[Rollout]]:
     """A task's verifier and rollouts for it: to every problem its own solution, and the next one's."""
-    task = load_task(kind, TASKS[kind]).build()
+    config = load_task(kind, TASKS[kind])
+    assert isinstance(config, SingleTurnTaskConfig)
+    task = config.build()
     examples = [task.example("train", index) for index in range(count // 2 + 1)]
     rollouts = [
         Rollout(example.prompt or "", task.worked_solution(answered), example.answer, example.info, example.messages)

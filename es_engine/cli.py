@@ -123,7 +123,7 @@ def tasks(
     from es_engine.scoring import graded
 
     chosen = load_task(show, overrides or [])
-    for each in graded(chosen.build(), chosen):
+    for each in graded(chosen):
         _print_graded(each)
 
 

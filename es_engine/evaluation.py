@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.methods.es import CallRunner, evaluate, mean_components, mean_of_samples
-from workers.chunks import Chunk, ChunkResult, Problem
+from workers.chunks import Chunk, ChunkResult, Problem, Transcript
 from workers.engine import CENTER, Sampling
 
 Array = npt.NDArray[np.float64]
@@ -126,25 +126,30 @@ def _samples(results: Sequence[ChunkResult], problems: Sequence[Problem]) -> lis
     rows = []
     numbered = iter(problems)
     for result in results:
-        assert result.texts is not None
-        for place, texts in enumerate(result.texts[0]):
+        assert result.transcripts is not None
+        for place, transcripts in enumerate(result.transcripts[0]):
             problem = next(numbered)
-            rows += [_sample(result, problem, place, sample, text) for sample, text in enumerate(texts)]
+            rows += [_sample(result, problem, place, sample, each) for sample, each in enumerate(transcripts)]
     return rows
 
 
-def _sample(result: ChunkResult, problem: Problem, place: int, sample: int, text: str) -> dict[str, Any]:
+def _sample(result: ChunkResult, problem: Problem, place: int, sample: int, transcript: Transcript) -> dict[str, Any]:
     where = (0, place, sample)
-    return {
+    row: dict[str, Any] = {
         "id": problem.example.id,
         "prompt": problem.prompt,
-        "completion": text,
+        "completion": transcript.text,
         "answer": problem.example.answer,
         "reward": _number(result.rewards[where]),
         "accuracy": _number(result.accuracy[where]),
         "components": {name: _number(values[where]) for name, values in result.components.items()},
         "tokens": int(result.tokens[where]),
     }
+    if transcript.notes:
+        row["notes"] = transcript.notes
+    if transcript.messages is not None:
+        row["messages"] = list(transcript.messages)
+    return row
 
 
 def _number(value: float) -> float | None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from es_engine.config import TaskConfigModel
+from es_engine.config import MultiTurnTaskConfig, SingleTurnTaskConfig, TaskConfigModel
 from es_engine.run_folder import write_json_lines
-from rewards.base import Example, Rollout, Score, Task
+from rewards.base import Example, Rollout, Score
+from rewards.environments import Policy, announce, recital
 from rewards.problems import read_records
-from workers.scoring import open_scorer
+from workers.chunks import Problem
+from workers.engine import Completion
+from workers.games import Game, new_game, play
+from workers.scoring import Scorer, open_scorer
 
 SHOWN = 5
 
@@ -36,8 +40,13 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
 
     A line has `prompt` (text, or a chat's messages), `completion` and the fields of the data row, such as `answer`; for
     verifiers that look at them, also `token_ids` and `finish_reason`. Lines in a row with equal prompts are a group.
-    Raises ValueError, naming file and line, for what is no such line.
+    Raises ValueError, naming file and line, for what is no such line, and for a task of several turns.
     """
+    if isinstance(task, MultiTurnTaskConfig):
+        raise ValueError(
+            f"task.kind: {task.kind} is a game of several turns, whose completions answer what was said before; they "
+            "can only be scored as they are made, by eval or train"
+        )
     records = read_records(source, "--in")
     rollouts = [_rollout(record, place) for place, record in records]
     with open_scorer(task, task.build().verifier, _processes(len(rollouts))) as scorer:
@@ -51,17 +60,63 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
     return _summary(rows, failures)
 
 
-def graded(task: Task, limits: TaskConfigModel) -> Iterator[Graded]:
-    """The first problems of a task's training split, each with a right and a wrong completion and their scores."""
+def graded(config: TaskConfigModel) -> list[Graded]:
+    """The first problems of a task's training split, each with a right and a wrong completion and their scores. Of a
+    game, a completion is all that followed the first prompt."""
+    if isinstance(config, MultiTurnTaskConfig):
+        return _graded_games(config)
+    assert isinstance(config, SingleTurnTaskConfig)
+    return _graded_answers(config)
+
+
+def _graded_answers(config: SingleTurnTaskConfig) -> list[Graded]:
+    task = config.build()
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
     completions = [task.worked_solution(example) for example in examples]
-    with open_scorer(limits, task.verifier, _processes(SHOWN)) as scorer:
+    with open_scorer(config, task.verifier, _processes(SHOWN)) as scorer:
         for number, example in enumerate(examples[:SHOWN]):
             for key, completion in ((number, completions[number]), (number + SHOWN, completions[number + 1])):
                 scorer.submit(key, _answered(example, completion))
         scores = scorer.drain()
-    for number, example in enumerate(examples[:SHOWN]):
-        yield Graded(example, completions[number], scores[number], completions[number + 1], scores[number + SHOWN])
+    return [
+        Graded(example, completions[number], scores[number], completions[number + 1], scores[number + SHOWN])
+        for number, example in enumerate(examples[:SHOWN])
+    ]
+
+
+def _graded_games(config: MultiTurnTaskConfig) -> list[Graded]:
+    """The wrong game of a problem says, whatever it hears, what the right game of the next one said."""
+    task = config.build()
+    examples = [task.example("train", index) for index in range(SHOWN + 1)]
+    with open_scorer(config, task.verifier, _processes(SHOWN)) as scorer:
+        right = _played(examples, [task.worked_policy(example) for example in examples], scorer)
+        deaf = [recital(example, _said(following)) for example, following in zip(examples, right[1:], strict=False)]
+        wrong = _played(examples[:SHOWN], deaf, scorer)
+    outcomes = [(one.outcome, other.outcome) for one, other in zip(right, wrong, strict=False)]
+    return [
+        Graded(example, one.transcript.text, one.score, other.transcript.text, other.score)
+        for example, (one, other) in zip(examples, outcomes, strict=False)
+    ]
+
+
+def _played(examples: Sequence[Example], policies: Sequence[Policy], scorer: Scorer) -> list[Game]:
+    """The games of examples, each played by a policy."""
+
+    def prepare(example: Example) -> Problem:
+        return Problem(example, example.prompt or "", ())
+
+    def complete(live: Sequence[Game]) -> Iterator[Completion]:
+        for number, game in enumerate(live):
+            yield Completion(number, 0, policies[game.question](game.trajectory.messages), (), "stop")
+
+    games = [new_game(prepare(example), number) for number, example in enumerate(examples)]
+    play(games, scorer, prepare, complete)
+    return games
+
+
+def _said(game: Game) -> list[str]:
+    opening = len(announce(game.problem.example).messages)
+    return [message["content"] for message in game.trajectory.messages[opening::2]]
 
 
 def _processes(rollouts: int) -> int:

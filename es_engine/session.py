@@ -12,13 +12,13 @@ from es_engine.config import Config
 from es_engine.methods import chunk_size
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.spaces.lora import LoraSpace
-from rewards.base import Example, Split, Task
+from rewards.base import Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices
 from workers.pool import Pool
-from workers.prompts import context_length, load_tokenizer, preparer
+from workers.prompts import load_preparer
 from workers.scoring import open_scorer
 from workers.sources import local_model
 
@@ -41,23 +41,17 @@ class Materials:
         """A hash of the base model."""
         return fingerprint(self.model)
 
-    @cached_property
-    def _prepare(self) -> Callable[[Example], Problem]:
-        """Tokenises an example; raises ValueError for one longer than the context."""
-        context = context_length(self.model)
-        limit = getattr(self.config.engine, "max_model_len", None)
-        context = context if limit is None else min(context, limit)
-        return preparer(load_tokenizer(self.model), context, self.task.max_tokens)
-
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
         """Problems of a split by number, ready for the model; the last few thousand stay tokenised."""
         return [self._problem(split, number) for number in numbers]
 
     @cached_property
     def _problem(self) -> Callable[[Split, int], Problem]:
+        prepare = load_preparer(self.config, self.model, self.task.max_tokens)
+
         @lru_cache(KEPT_PROBLEMS)
         def problem(split: Split, number: int) -> Problem:
-            return self._prepare(self.task.example(split, number))
+            return prepare(self.task.example(split, number))
 
         return problem
 

@@ -96,7 +96,8 @@ _V = TypeVar("_V", bound=Callable[..., Any])
 
 
 class Task(Protocol):
-    """Problems and how they are scored. Both splits are random-access streams, disjoint from each other."""
+    """Problems and how what a model makes of them is scored. Both splits are random-access streams, disjoint from each
+    other."""
 
     max_tokens: int
     stop: tuple[str, ...]
@@ -105,6 +106,10 @@ class Task(Protocol):
     def example(self, split: Split, index: int) -> Example:
         """Problem number `index` (from 0) of a split; a pure function of its arguments."""
         ...
+
+
+class SingleTurnTask(Task, Protocol):
+    """A task whose problems are answered with one completion, which the verifier sees."""
 
     def worked_solution(self, example: Example) -> str:
         """A completion that is right. Raises ValueError where none is known."""
@@ -241,25 +246,26 @@ def _by_name(name: str) -> VerifierFactory:
     return _REGISTRY.get(name, lambda: function)  # a decorator of its own may have registered it
 
 
-def load_function(where: str, function: str) -> Callable[..., Any]:
-    """A function of a file (`where` ends in .py) or of a module. Raises ValueError where there is none."""
-    found = getattr(load_module(where), function, None)
+def load_function(where: str, function: str, what: str = "verifier") -> Callable[..., Any]:
+    """A function, or a class, of a file (`where` ends in .py) or of a module. Raises ValueError, which begins with
+    `what` it was to be, where there is none."""
+    found = getattr(load_module(where, what), function, None)
     if not callable(found):
-        raise ValueError(f"verifier: {where} has no function {function!r}")
+        raise ValueError(f"{what}: {where} has no function {function!r}")
     return found
 
 
-def load_module(where: str) -> ModuleType:
+def load_module(where: str, what: str = "verifier") -> ModuleType:
     """The module of a file (`where` ends in .py) or of a dotted name. Raises ValueError where there is none."""
-    return _module_from_file(Path(where)) if where.endswith(".py") else _module_by_name(where)
+    return _module_from_file(Path(where), what) if where.endswith(".py") else _module_by_name(where, what)
 
 
 _LOADING = threading.RLock()  # a file may load another
 
 
-def _module_from_file(path: Path) -> ModuleType:
+def _module_from_file(path: Path, what: str) -> ModuleType:
     if not path.is_file():
-        raise ValueError(f"verifier: no file {path}")
+        raise ValueError(f"{what}: no file {path}")
     path = path.resolve()
     name = f"verifier_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
     with _LOADING:  # another thread must not find the module half loaded
@@ -276,8 +282,8 @@ def _module_from_file(path: Path) -> ModuleType:
         return sys.modules[name]
 
 
-def _module_by_name(name: str) -> ModuleType:
+def _module_by_name(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"verifier: {name!r} cannot be imported ({error})") from error
+        raise ValueError(f"{what}: {name!r} cannot be imported ({error})") from error

@@ -66,6 +66,7 @@ class Guess:
         options = {"turns": self._turns, "template": template, "weights": checked_weights(weights, WEIGHTS)}
         self.environment = EnvironmentSpec("guess", options)
         self.environment.load()
+        self.verifier = self.environment.verifier
         self.max_tokens = _MAX_TOKENS[template] if max_tokens is None else max_tokens
         self.stop = (("\n",) if template == "plain" else ()) if stop is None else tuple(stop)
         self._template = template

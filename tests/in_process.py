@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import Example
-from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem
+from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem, Transcript
 from workers.engine import Vector
 from workers.perturbation import Perturber
 from workers.pool import Call
@@ -47,8 +47,11 @@ class FunctionWorker:
             prompt_tokens=sum(len(problem.prompt_ids) for row in problems for problem in row),
             failures={self.failure: int(np.isnan(rewards).sum())},
             error=None if self.failure == NO_SCORE else "it hung",
-            texts=[
-                [[f"{problem.example.id}/{sample}" for sample in range(chunk.sampling.samples)] for problem in row]
+            transcripts=[
+                [
+                    [Transcript(f"{each.example.id}/{sample}") for sample in range(chunk.sampling.samples)]
+                    for each in row
+                ]
                 for row in problems
             ]
             if chunk.keep_text

@@ -99,7 +99,7 @@ def test_a_line_that_is_none_is_named_and_nothing_is_written(tmp_path: Path, row
 def test_a_task_shows_a_right_and_a_wrong_answer(kind: str, overrides: list[str]) -> None:
     assert kind in task_kinds()
     task = load_task(kind, overrides)
-    shown = list(scoring.graded(task.build(), task))
+    shown = list(scoring.graded(task))
     assert len(shown) == scoring.SHOWN
     assert all(each.right_score.accuracy == 1 for each in shown)
     assert all(each.wrong_score.accuracy == 0 for each in shown if each.right != each.wrong)

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from es_engine.config import Config
+from es_engine.config import Config, MultiTurnTaskConfig
 from es_engine.spaces.lora import LoraSpace
-from rewards.base import Rollout, Score
-from workers.chunks import Chunk, ChunkResult, Problem, sampling_seed
+from rewards.base import Score
+from workers import games
+from workers.chunks import (
+    Chunk,
+    ChunkResult,
+    Outcome,
+    Outcomes,
+    Problem,
+    Transcript,
+    collect,
+    rollout_of,
+    sampling_seed,
+)
 from workers.engine import Completion, Filling, PopulationEngine, Request, Vector
+from workers.prompts import Preparer, load_preparer
+from workers.scoring import open_scorer
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 1.0
@@ -42,6 +54,7 @@ class Worker:
         self._index = index
         self._setup = setup
         self._center_version = -1
+        self._prepare: Preparer | None = None  # for the later prompts of a game; all others are prepared by the driver
         if cores is not None:  # before torch starts its threads
             allowed = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {allowed[core % len(allowed)] for core in cores})
@@ -53,7 +66,11 @@ class Worker:
         """
         model = _model_folder(self._setup)
         self._engine = build_engine(self._setup, model)
-        self._scorer = _build_scorer(self._setup.config)
+        config = self._setup.config
+        task = config.task.build()
+        self._scorer: Any = open_scorer(config.task, task.verifier)
+        if isinstance(config.task, MultiTurnTaskConfig):
+            self._prepare = load_preparer(config, model, task.max_tokens)
         report = _run_canary(self._engine, self._setup, model, with_reference=self._index == 0)
         return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": report}
 
@@ -70,20 +87,15 @@ class Worker:
         written = time.perf_counter()
         if ahead is not None:
             self._engine.prepare(*ahead)
-        failures_before = dict(self._scorer.failures)
-        completions = self._generate(chunk, batch)
-        generated = time.perf_counter()
-        scores = self._scorer.drain()
-        result = _collect(chunk, batch, completions, scores)
-        result.failures = {
-            kind: count - failures_before.get(kind, 0)
-            for kind, count in self._scorer.failures.items()
-            if count > failures_before.get(kind, 0)
-        }
+        failures = Counter(self._scorer.failures)
+        found = self._roll_out(chunk, batch)
+        scored = time.perf_counter()
+        result = collect(chunk, found)
+        result.failures = dict(Counter(self._scorer.failures) - failures)
         result.seconds = {
             "slots": written - started,
-            "generate": generated - written,
-            "score": time.perf_counter() - generated,
+            "generate": scored - found.waited - written,
+            "score": time.perf_counter() - scored + found.waited,
         }
         result.worker = self._index
         return result
@@ -92,9 +104,14 @@ class Worker:
         """The sum of weight * eps(pair), shape (D,); good until the next call."""
         return self._engine.noise_sum(generation, pairs, weights)
 
-    def _generate(self, chunk: Chunk, batch: Sequence[Problem]) -> list[Completion]:
-        """Generate a chunk, handing a prompt's completions to the scorer as soon as they are done."""
-        asked = _questions(chunk)
+    def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        if self._prepare is None:
+            return self._answer(chunk, batch)
+        return games.play_chunk(self._engine, self._scorer, self._prepare, self._setup.config.seed, chunk, batch)
+
+    def _answer(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        """Have a chunk's questions answered, handing a prompt's completions to the scorer as soon as they are done."""
+        asked = chunk.questions
         seed = self._setup.config.seed
         requests = [
             Request(slot, batch[place].prompt_ids, sampling_seed(seed, chunk.generation, batch[place].example.id))
@@ -109,8 +126,12 @@ class Worker:
             if len(group) == chunk.sampling.samples:
                 problem = batch[asked[completion.request][1]]
                 keys = [(each.request, each.sample) for each in group]
-                self._scorer.submit_group(keys, [_rollout(problem, each) for each in group])
-        return completions
+                self._scorer.submit_group(keys, [rollout_of(problem, each) for each in group])
+        generated = time.perf_counter()
+        scores = self._scorer.drain()
+        waited = time.perf_counter() - generated
+        outcomes = [_outcome(each, scores[each.request, each.sample]) for each in completions]
+        return Outcomes(outcomes, sum(len(request.prompt_ids) for request in requests), waited)
 
 
 def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
@@ -181,12 +202,6 @@ def _model_folder(setup: WorkerSetup) -> Path:
     return folder
 
 
-def _build_scorer(config: Config) -> Any:
-    from workers.scoring import open_scorer
-
-    return open_scorer(config.task, config.task.build().verifier)
-
-
 def _run_canary(engine: PopulationEngine, setup: WorkerSetup, model: Path, with_reference: bool) -> Any:
     from workers import canary
 
@@ -198,55 +213,13 @@ def _run_canary(engine: PopulationEngine, setup: WorkerSetup, model: Path, with_
     return canary.check(engine, setup.space, setup.canary, reference)
 
 
-def _questions(chunk: Chunk) -> list[tuple[int, int]]:
-    """The chunk's requests as (slot, place in the batch), slot by slot."""
-    return [(slot, place) for slot, places in enumerate(chunk.problems) for place in places]
-
-
-def _rollout(problem: Problem, completion: Completion) -> Rollout:
-    example = problem.example
-    return Rollout(
-        prompt=problem.prompt,
-        completion=completion.text,
-        answer=example.answer,
-        info=example.info,
-        messages=example.messages,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-    )
-
-
-def _collect(
-    chunk: Chunk, batch: Sequence[Problem], completions: Sequence[Completion], scores: dict[Any, Score]
-) -> ChunkResult:
-    """Arrange scores as arrays (k members, P problems, n samples)."""
-    asked = _questions(chunk)
-    shape = (len(asked), chunk.sampling.samples)
-    final = (len(chunk.members), len(chunk.problems[0]), chunk.sampling.samples)
-    names = sorted({name for score in scores.values() for name in score.components})
-    rewards, accuracy = np.full(shape, np.nan), np.full(shape, np.nan)
-    components = {name: np.full(shape, np.nan) for name in names}
-    tokens = np.zeros(shape, dtype=np.int64)
-    texts = [[""] * shape[1] for _ in asked]
-    for completion in completions:
-        place = (completion.request, completion.sample)
-        score = scores[place]
-        rewards[place] = np.nan if score.value is None else score.value
-        accuracy[place] = np.nan if score.accuracy is None else score.accuracy
-        for name, value in score.components.items():
-            components[name][place] = value
-        tokens[place] = len(completion.token_ids)
-        texts[completion.request][completion.sample] = completion.text
-    return ChunkResult(
-        rewards=rewards.reshape(final),
-        accuracy=accuracy.reshape(final),
-        components={name: values.reshape(final) for name, values in components.items()},
-        tokens=tokens.reshape(final),
-        truncated=sum(completion.finish_reason == "length" for completion in completions),
-        looped=sum(completion.finish_reason == "repetition" for completion in completions),
-        prompt_tokens=sum(len(batch[place].prompt_ids) for _, place in asked),
-        failures={},
-        error=next((score.error for score in scores.values() if score.error is not None), None),
-        texts=[texts[slot * final[1] : (slot + 1) * final[1]] for slot in range(final[0])] if chunk.keep_text else None,
-        seconds={},
+def _outcome(completion: Completion, score: Score) -> Outcome:
+    return Outcome(
+        question=completion.request,
+        sample=completion.sample,
+        score=score,
+        tokens=len(completion.token_ids),
+        truncated=completion.finish_reason == "length",
+        looped=completion.finish_reason == "repetition",
+        transcript=Transcript(completion.text, score.notes),
     )

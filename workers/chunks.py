@@ -6,13 +6,14 @@ Shapes: k members of the chunk, P problems a member, n samples a problem.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rewards.base import Example
-from workers.engine import Member, Sampling, pairs_of
+from rewards.base import Example, Message, Rollout, Score
+from workers.engine import Completion, Member, Sampling, pairs_of
 
 Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -51,16 +52,54 @@ class Chunk:
         """The pairs of this chunk, in order."""
         return pairs_of(self.members)
 
+    @property
+    def questions(self) -> list[tuple[int, int]]:
+        """What the members are asked as (slot, place in the batch), slot by slot: k x P questions."""
+        return [(slot, place) for slot, places in enumerate(self.problems) for place in places]
+
     def __str__(self) -> str:
         return f"chunk {self.index} of generation {self.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is kept of a rollout for people to read: its text, the verifier's notes and, of a game, the whole chat."""
+
+    text: str
+    notes: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a rollout, a completion or a game: sample number `sample` of one of the chunk's questions."""
+
+    question: int
+    sample: int
+    score: Score
+    tokens: int
+    truncated: bool
+    looped: bool
+    transcript: Transcript
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """All rollouts of a chunk, the tokens of the prompts that the model read for them, each counted once however many
+    samples there are of it, and the seconds spent on nothing but waiting for scores."""
+
+    rollouts: list[Outcome]
+    prompt_tokens: int
+    waited: float
 
 
 @dataclass(slots=True)
 class ChunkResult:
     """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN.
 
-    `truncated` counts the completions that max_tokens ended, `looped` those that max_repeats ended. `failures` counts
-    the rollouts without a score by kind, and `error` is what was said of one of them.
+    `truncated` counts the rollouts that max_tokens (or, in a game, the context) cut short, `looped` those that
+    max_repeats did. `failures` counts the rollouts without a score by kind, and `error` is what was said of one of
+    them. `transcripts` are by member, problem and sample, None where the chunk does not keep them.
     """
 
     rewards: Scores
@@ -72,9 +111,57 @@ class ChunkResult:
     prompt_tokens: int
     failures: dict[str, int]
     error: str | None
-    texts: list[list[list[str]]] | None
+    transcripts: list[list[list[Transcript]]] | None
     seconds: dict[str, float]
     worker: int = -1
+
+
+def rollout_of(problem: Problem, completion: Completion) -> Rollout:
+    """What a verifier sees of a completion of the problem's prompt."""
+    example = problem.example
+    return Rollout(
+        prompt=problem.prompt,
+        completion=completion.text,
+        answer=example.answer,
+        info=example.info,
+        messages=example.messages,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+    )
+
+
+def collect(chunk: Chunk, found: Outcomes) -> ChunkResult:
+    """Arrange what came of all rollouts of a chunk; its failures and seconds are for the caller to fill in."""
+    outcomes, final = found.rollouts, (len(chunk.members), len(chunk.problems[0]), chunk.sampling.samples)
+    shape = (final[0] * final[1], final[2])
+    names = sorted({name for outcome in outcomes for name in outcome.score.components})
+    rewards, accuracy = np.full(shape, np.nan), np.full(shape, np.nan)
+    components = {name: np.full(shape, np.nan) for name in names}
+    tokens = np.zeros(shape, dtype=np.int64)
+    transcripts = [[Transcript("")] * shape[1] for _ in range(shape[0])]
+    for outcome in outcomes:
+        place, score = (outcome.question, outcome.sample), outcome.score
+        rewards[place] = np.nan if score.value is None else score.value
+        accuracy[place] = np.nan if score.accuracy is None else score.accuracy
+        for name, value in score.components.items():
+            components[name][place] = value
+        tokens[place] = outcome.tokens
+        transcripts[outcome.question][outcome.sample] = outcome.transcript
+    return ChunkResult(
+        rewards=rewards.reshape(final),
+        accuracy=accuracy.reshape(final),
+        components={name: values.reshape(final) for name, values in components.items()},
+        tokens=tokens.reshape(final),
+        truncated=sum(outcome.truncated for outcome in outcomes),
+        looped=sum(outcome.looped for outcome in outcomes),
+        prompt_tokens=found.prompt_tokens,
+        failures={},
+        error=next((outcome.score.error for outcome in outcomes if outcome.score.error is not None), None),
+        transcripts=[transcripts[slot * final[1] : (slot + 1) * final[1]] for slot in range(final[0])]
+        if chunk.keep_text
+        else None,
+        seconds={},
+    )
 
 
 def sampling_seed(run_seed: int, generation: int, problem_id: str) -> int:

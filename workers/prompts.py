@@ -6,8 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from es_engine.config import Config
 from rewards.base import Example
 from workers.chunks import Problem
+
+Preparer = Callable[[Example], Problem]
+
+
+class PromptTooLong(ValueError):
+    """A prompt leaves no room to answer it."""
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -17,14 +24,20 @@ def load_tokenizer(model: Path) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def preparer(tokenizer: Any, context: int, max_tokens: int) -> Callable[[Example], Problem]:
-    """A function that tokenises an example, and raises ValueError for one that leaves no room to answer."""
+def load_preparer(config: Config, model: Path, max_tokens: int) -> Preparer:
+    """The function that tokenises examples for a local model within the context that the engine's config leaves it."""
+    context, limit = context_length(model), getattr(config.engine, "max_model_len", None)
+    return preparer(load_tokenizer(model), context if limit is None else min(context, limit), max_tokens)
+
+
+def preparer(tokenizer: Any, context: int, max_tokens: int) -> Preparer:
+    """A function that tokenises an example, and raises PromptTooLong for one that leaves no room to answer."""
 
     def prepare(example: Example) -> Problem:
         prompt = _render(example, tokenizer)
         ids = tuple(tokenizer(prompt, add_special_tokens=example.messages is None)["input_ids"])
         if len(ids) + max_tokens > context:
-            raise ValueError(
+            raise PromptTooLong(
                 f"task: the prompt of {example.id} has {len(ids)} tokens, which with task.max_tokens={max_tokens} "
                 f"is more than the context of {context} tokens"
             )

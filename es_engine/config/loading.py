@@ -188,4 +188,5 @@ _PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
     ("task", "data"): _data,
     ("task", "heldout_data"): _data,
     ("task", "verifier"): _verifier,
+    ("task", "environment"): _verifier,
 }

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from es_engine.config.base import ConfigModel, Seed, problem
 from es_engine.config.budget import BudgetConfig
-from es_engine.config.engine import EngineConfig, VllmEngineConfig
+from es_engine.config.engine import EngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.method import EsMethodConfig
 from es_engine.config.model import ModelConfig, TinyModelConfig
@@ -16,7 +16,7 @@ from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
 from es_engine.config.reflection import default_kinds
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.tasks import CountdownTaskConfig, TaskConfig
+from es_engine.config.tasks import CountdownTaskConfig, MultiTurnTaskConfig, TaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
 VLLM_MAX_RANK = 512  # vllm.config.lora.MaxLoRARanks
@@ -60,6 +60,12 @@ class Config(ConfigModel):
     def _the_tiny_model_knows_the_task(self) -> Self:
         if isinstance(self.model, TinyModelConfig) and not isinstance(self.task, CountdownTaskConfig):
             raise problem("task.kind", self.task.kind, "countdown while model.kind is tiny")
+        return self
+
+    @model_validator(mode="after")
+    def _made_up_answers_play_no_games(self) -> Self:
+        if isinstance(self.engine, SimulatedEngineConfig) and isinstance(self.task, MultiTurnTaskConfig):
+            raise problem("task.kind", self.task.kind, "a task of one turn while engine.kind is simulated")
         return self
 
     @model_validator(mode="after")

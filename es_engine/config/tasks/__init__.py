@@ -7,9 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from es_engine.config.tasks.arc import ArcTaskConfig
-from es_engine.config.tasks.base import TaskConfigModel
+from es_engine.config.tasks.base import MultiTurnTaskConfig, SingleTurnTaskConfig, TaskConfigModel
 from es_engine.config.tasks.conciseness import ConcisenessTaskConfig
 from es_engine.config.tasks.countdown import CountdownTaskConfig
+from es_engine.config.tasks.environment import EnvironmentTaskConfig
+from es_engine.config.tasks.guess import GuessTaskConfig
 from es_engine.config.tasks.math import MathTaskConfig
 from es_engine.config.tasks.reasoning_gym import ReasoningGymTaskConfig
 from es_engine.config.tasks.sudoku import SudokuTaskConfig
@@ -20,7 +22,9 @@ TaskConfig = Annotated[
     | MathTaskConfig
     | ArcTaskConfig
     | ConcisenessTaskConfig
-    | ReasoningGymTaskConfig,
+    | ReasoningGymTaskConfig
+    | GuessTaskConfig
+    | EnvironmentTaskConfig,
     Field(discriminator="kind"),
 ]
 
@@ -28,8 +32,12 @@ __all__ = [
     "ArcTaskConfig",
     "ConcisenessTaskConfig",
     "CountdownTaskConfig",
+    "EnvironmentTaskConfig",
+    "GuessTaskConfig",
     "MathTaskConfig",
+    "MultiTurnTaskConfig",
     "ReasoningGymTaskConfig",
+    "SingleTurnTaskConfig",
     "SudokuTaskConfig",
     "TaskConfig",
     "TaskConfigModel",

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveInt, Text
-from es_engine.config.tasks.base import TaskConfigModel
+from es_engine.config.tasks.base import SingleTurnTaskConfig
 from rewards.arc import Arc
-from rewards.base import Task
+from rewards.base import SingleTurnTask
 
 
 class ArcWeightsConfig(ConfigModel):
@@ -21,10 +21,10 @@ class ArcWeightsConfig(ConfigModel):
     solved: NonNegativeFloat = Field(default=0.6, description="Weight of an exact solution.")
 
 
-class ArcTaskConfig(TaskConfigModel):
+class ArcTaskConfig(SingleTurnTaskConfig):
     """ARC-AGI-1: find the rule that turns grids into grids, and apply it."""
 
-    makes: ClassVar[type[Task]] = Arc
+    makes: ClassVar[type[SingleTurnTask]] = Arc
 
     kind: Literal["arc"] = Field(default="arc", description="Apply the rule that a few pairs of grids show.")
     data: Text = Field(description="Folder of problems, one JSON file each.")

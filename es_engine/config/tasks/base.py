@@ -1,4 +1,7 @@
-"""What every task's config has: the order of its problems, how completions end, who scores them and in what limits."""
+"""What every task's config has: the order of its problems, how completions end, and in what limits they are scored.
+
+Those of one turn also have a choice of who scores them; a game of several turns is scored by its environment.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from es_engine.config.base import ConfigModel, PositiveFloat, PositiveInt, Seed, Text, problem
-from rewards.base import Task, VerifierSpec
+from rewards.base import SingleTurnTask, Task, VerifierSpec
+from rewards.environments import MultiTurnTask
 
 OWN = "task"
 """The name, in a part of a reward, of the verifier that the task has without it."""
@@ -56,16 +60,27 @@ class TaskConfigModel(ConfigModel):
     stop: Annotated[tuple[Text, ...], Field(strict=False)] | None = Field(
         default=None, description="Texts that end a completion; null: what suits the template."
     )
+    deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
+    memory_gb: PositiveFloat | None = Field(
+        default=None, description="Memory in GB a scoring process may use; null: no limit."
+    )
+
+    def build(self) -> Task:
+        """The task itself. Raises ValueError, naming the field, for values that give no problems."""
+        return self.makes(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))
+
+
+class SingleTurnTaskConfig(TaskConfigModel):
+    """The fields of every task whose problems are answered with one completion."""
+
+    makes: ClassVar[type[SingleTurnTask]]
+
     verifier: Text | None = Field(
         default=None,
         description="Your own: path/to/file.py:function or package.module:function; null: the task's.",
     )
     reward: Annotated[dict[str, RewardPartConfig], Field(min_length=1)] | None = Field(
         default=None, description="Parts, by name, whose sum is the reward; null: what the verifier says."
-    )
-    deadline: PositiveFloat = Field(default=5.0, description="Seconds the verifier may take for a rollout.")
-    memory_gb: PositiveFloat | None = Field(
-        default=None, description="Memory in GB a scoring process may use; null: no limit."
     )
 
     @model_validator(mode="after")
@@ -76,10 +91,36 @@ class TaskConfigModel(ConfigModel):
                 raise problem(f"reward.{name}.gate", part.gate, f"null or another part ({', '.join(others) or 'none'})")
         return self
 
-    def build(self) -> Task:
+    def build(self) -> SingleTurnTask:
         """The task itself. Raises ValueError, naming the field, for values that give no problems."""
         task = self.makes(**self.model_dump(exclude={"kind", "reward", "deadline", "memory_gb"}))
         if self.reward is not None:
             parts = [{"name": name, **part.arguments(task.verifier)} for name, part in self.reward.items()]
             task.verifier = VerifierSpec("sum", {"parts": parts})
         return task
+
+
+class MultiTurnTaskConfig(TaskConfigModel):
+    """The fields of every task whose problems are games of several turns."""
+
+    makes: ClassVar[type[MultiTurnTask]]
+
+    max_tokens: PositiveInt | None = Field(
+        default=None, description="Tokens a turn's completion may have; null: what suits the task."
+    )
+    stop: Annotated[tuple[Text, ...], Field(strict=False)] | None = Field(
+        default=None, description="Texts that end a turn's completion; null: what suits the task."
+    )
+    deadline: PositiveFloat = Field(default=5.0, description="Seconds the environment may take for a turn.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_environment_scores(cls, data: Any) -> Any:
+        for field in ("verifier", "reward"):
+            if isinstance(data, dict) and data.get(field) is not None:
+                raise problem(field, data[field], "nothing: a game is scored by its environment, turn by turn")
+        return data
+
+    def build(self) -> MultiTurnTask:
+        """The task itself. Raises ValueError, naming the field, for values that give no games."""
+        return self.makes(**self.model_dump(exclude={"kind", "deadline", "memory_gb"}))

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveFloat, Text
-from es_engine.config.tasks.base import TaskConfigModel
-from rewards.base import Task
+from es_engine.config.tasks.base import SingleTurnTaskConfig
+from rewards.base import SingleTurnTask
 from rewards.conciseness import Conciseness
 
 
@@ -19,10 +19,10 @@ class ConcisenessWeightsConfig(ConfigModel):
     correct: NonNegativeFloat = Field(default=0.0, description="Weight of a right answer.")
 
 
-class ConcisenessTaskConfig(TaskConfigModel):
+class ConcisenessTaskConfig(SingleTurnTaskConfig):
     """Conciseness: answer a question, and say no more than the shortest right answer does."""
 
-    makes: ClassVar[type[Task]] = Conciseness
+    makes: ClassVar[type[SingleTurnTask]] = Conciseness
 
     kind: Literal["conciseness"] = Field(default="conciseness", description="Answer in as few characters as can be.")
     data: Text | None = Field(default=None, description="File of questions, JSON lines; null: the built-in ones.")

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveInt, Text
-from es_engine.config.tasks.base import TaskConfigModel
-from rewards.base import Task
+from es_engine.config.tasks.base import SingleTurnTaskConfig
+from rewards.base import SingleTurnTask
 from rewards.countdown import Countdown
 
 Counts = Annotated[tuple[Annotated[int, Field(ge=2, le=6)], ...], Field(strict=False, min_length=1)]
@@ -24,10 +24,10 @@ class CountdownWeightsConfig(ConfigModel):
     solved: NonNegativeFloat = Field(default=0.7, description="Weight of an exact solution.")
 
 
-class CountdownTaskConfig(TaskConfigModel):
+class CountdownTaskConfig(SingleTurnTaskConfig):
     """Countdown: write an expression of the given numbers, each exactly once, that equals the target."""
 
-    makes: ClassVar[type[Task]] = Countdown
+    makes: ClassVar[type[SingleTurnTask]] = Countdown
 
     kind: Literal["countdown"] = Field(default="countdown", description="Reach a target with all the given numbers.")
     numbers: Counts = Field(default=(3,), description="How many numbers a problem has: one of these at random.")

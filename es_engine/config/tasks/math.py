@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, Text
-from es_engine.config.tasks.base import TaskConfigModel
-from rewards.base import Task
+from es_engine.config.tasks.base import SingleTurnTaskConfig
+from rewards.base import SingleTurnTask
 from rewards.maths import Maths
 
 Forms = Annotated[tuple[Literal["boxed", "answer", "hash", "last_number"], ...], Field(strict=False, min_length=1)]
@@ -28,10 +28,10 @@ class MathWeightsConfig(ConfigModel):
     correct: NonNegativeFloat = Field(default=0.9, description="Weight of a right answer.")
 
 
-class MathTaskConfig(TaskConfigModel):
+class MathTaskConfig(SingleTurnTaskConfig):
     """Maths problems with a final answer that can be checked."""
 
-    makes: ClassVar[type[Task]] = Maths
+    makes: ClassVar[type[SingleTurnTask]] = Maths
 
     kind: Literal["math"] = Field(default="math", description="Solve maths problems from files or a hub.")
     data: Text = Field(description="File of problems (JSON lines or a JSON list), or hub:owner/name@config:split.")

@@ -7,15 +7,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import Text
-from es_engine.config.tasks.base import TaskConfigModel
-from rewards.base import Task
+from es_engine.config.tasks.base import SingleTurnTaskConfig
+from rewards.base import SingleTurnTask
 from rewards.reasoning_gym import ReasoningGym
 
 
-class ReasoningGymTaskConfig(TaskConfigModel):
+class ReasoningGymTaskConfig(SingleTurnTaskConfig):
     """Any data set of reasoning-gym, which makes the problems and scores the answers."""
 
-    makes: ClassVar[type[Task]] = ReasoningGym
+    makes: ClassVar[type[SingleTurnTask]] = ReasoningGym
 
     kind: Literal["reasoning_gym"] = Field(
         default="reasoning_gym", description="A data set of the package reasoning-gym."

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, PositiveInt, Text
-from es_engine.config.tasks.base import TaskConfigModel
-from rewards.base import Task
+from es_engine.config.tasks.base import SingleTurnTaskConfig
+from rewards.base import SingleTurnTask
 from rewards.sudoku import Sudoku
 
 Range = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
@@ -23,10 +23,10 @@ class SudokuWeightsConfig(ConfigModel):
     solved: NonNegativeFloat = Field(default=0.5, description="Weight of a solved puzzle.")
 
 
-class SudokuTaskConfig(TaskConfigModel):
+class SudokuTaskConfig(SingleTurnTaskConfig):
     """Sudoku: fill in the empty cells so that every row, column and box holds every digit once."""
 
-    makes: ClassVar[type[Task]] = Sudoku
+    makes: ClassVar[type[SingleTurnTask]] = Sudoku
 
     kind: Literal["sudoku"] = Field(default="sudoku", description="Fill in the empty cells of a grid by the rules.")
     size: Literal[4, 9] = Field(default=4, description="Rows, columns and digits of a grid.")
