@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> None:
+def run(command: str, folder: Path) -> str:
     program, *arguments = command.split()
     assert program == "es-engine"
     environment = {**os.environ, "ES_ENGINE_CACHE": str(folder / "cache")}
@@ -46,6 +46,15 @@ def run(command: str, folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_that_shows_games(folder: Path) -> None:
+    (command,) = (line for _, text in blocks("sh") for line in text.splitlines() if line.startswith("es-engine tasks"))
+    printed = run(command, folder)
+    assert r"right: '145\n1 right.\n123\n3 right.'" in printed
+    assert r"wrong: '999\n0 right.\n999\n0 right.\n999\n0 right.\n999\n0 right.'" in printed
+    assert printed.count("reward 1.000, accuracy 1.000; digits 0.500, open 0.500") == 5
 
 
 def test_commands_that_score(folder: Path) -> None:

@@ -195,8 +195,7 @@ def _check_scored(results: Sequence[ChunkResult]) -> None:
         kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
         error = next((result.error for result in results if result.error is not None), "none was given")
         raise ValueError(
-            f"task: {failures.total()} of {rollouts} rollouts could not be scored ({kinds}); "
-            f"one error: {error}"
+            f"task: {failures.total()} of {rollouts} rollouts could not be scored ({kinds}); one error: {error}"
         )
 
 
