@@ -213,7 +213,7 @@ def test_a_verifier_that_fails_most_rollouts_ends_the_run(lost: int) -> None:
     if lost == 4:
         estimate(method(population=4, prompts=2), runner, center, 0, 0.1)
         return
-    with pytest.raises(ValueError, match=r"^task\.verifier: 5 of 8 rollouts .* \(timeout 5\); one error: it hung$"):
+    with pytest.raises(ValueError, match=r"^task: 5 of 8 rollouts .* \(timeout 5\); one error: it hung$"):
         estimate(method(population=4, prompts=2), runner, center, 0, 0.1)
 
 

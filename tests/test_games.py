@@ -19,7 +19,7 @@ from es_engine.evaluation import evaluate_center
 from es_engine.ledger import Ledger
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.trainer import train
-from rewards.base import Example, Message, Score
+from rewards.base import Example, Message, Score, VerifierSpec
 from rewards.environments import (
     EnvironmentSpec,
     Trajectory,
@@ -39,6 +39,7 @@ from workers.perturbation import Perturber
 from workers.pool import Call
 from workers.prompts import preparer
 from workers.scoring import Scorer
+from workers.simulated_engine import InlineScorer
 
 RUN_SEED, GENERATION = 3, 5
 PAIR = (Member(0, 1), Member(0, -1))
@@ -311,7 +312,7 @@ def test_a_forged_turn_is_none() -> None:
 # Workers
 
 
-def build_worker(scorer: Scorer, index: int = 0) -> Worker:
+def build_worker(scorer: Any, index: int = 0) -> Worker:
     setup: Any = SimpleNamespace(config=SimpleNamespace(seed=RUN_SEED))
     worker = Worker(setup, index, None)
     worker._engine, worker._scorer, worker._prepare = ScriptedEngine(), scorer, PREPARE
@@ -387,6 +388,20 @@ def test_an_environment_that_fails_in_most_games_ends_the_run(hostile_scorer: Sc
     sentence = r"^task: 12 of 12 rollouts could not be scored \(exception 12\); one error: .*no such opening"
     with pytest.raises(ValueError, match=sentence):
         es.estimate(Workers(build_worker(hostile_scorer)), np.ones(DIM, np.float32), 0, problems, 0, 0.1)
+
+
+def test_samples_of_one_turn_hold_the_notes_of_the_verifier(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rewards.base import Score\n\ndef noted(rollout):\n"
+        "    return Score(0.5, notes={'read': rollout.completion} if rollout.answer == '0' else {})\n"
+    )
+    worker = build_worker(InlineScorer(VerifierSpec(f"{tmp_path / 'mine.py'}:noted")))
+    worker._prepare = None
+    problems = [PREPARE(Example(str(number), str(number), {}, prompt="go:")) for number in range(2)]
+    noted, bare = evaluate_center(Workers(worker), np.ones(DIM, np.float32), 0, problems, Sampling(4), 2).samples
+    assert noted["completion"]
+    assert noted["notes"] == {"read": noted["completion"]}
+    assert not {"notes", "messages"} & bare.keys()
 
 
 # Whole runs
