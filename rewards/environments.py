@@ -218,7 +218,7 @@ def turn_of(score: Score) -> Turn:
     no text that a model could read."""
     observation, state, done = (score.notes.get(name) for name in ("observation", "state", "done"))
     if not (isinstance(observation, str) and isinstance(state, str) and isinstance(done, bool)):
-        raise ValueError(f"environment: it said {observation!r:.60}, which is not text")
+        raise ValueError(f"environment: {score.notes!r:.80} is no turn whose observation is text")
     observation.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
     return Turn(state, observation, score.components, done, solved=score.accuracy == 1)
 
