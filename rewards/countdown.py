@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 
 from rewards import prompts
 from rewards.base import Example, Rollout, Score, Split, Verifier, register
-from rewards.countdown_problems import filed, generated, solve
+from rewards.countdown_problems import filed, generated
+from rewards.countdown_solver import solve
 from rewards.expressions import OPERATIONS, Expression, ExpressionError, evaluate, literals, parse, to_text
 from rewards.problems import Problems, Row
 from rewards.r1 import format_grade, last_answer

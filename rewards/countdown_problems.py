@@ -1,4 +1,4 @@
-"""Where Countdown problems come from: a seeded generator, files, and an exact solver.
+"""Where Countdown problems come from: a seeded generator, and files.
 
 A problem is a row `{"numbers": [3, 7, 2], "target": "27", ...}`. A hash of its sorted numbers and its target assigns it
 to the training or the held-out split, the same for every seed and source, so the two can never share a problem.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -80,75 +79,6 @@ def read_rows(path: Path, field: str, with_context: bool) -> list[Row]:
     ValueError naming `field`, file and row.
     """
     return [_checked(record, place, with_context) for place, record in read_records(path, field)]
-
-
-def solve(numbers: Sequence[int], target: Fraction) -> Expression | None:
-    """An expression of all the numbers (each once, + - * /) worth exactly the target, or None where there is none.
-
-    Exhaustive in rational arithmetic; milliseconds for up to five numbers, under a second or so for six.
-    """
-    return _Search(numbers).find((1 << len(numbers)) - 1, target)
-
-
-class _Search:
-    """Sets of numbers are bit masks. The values of small sets are listed; a large set is split in two, and for each
-    value of the smaller part the other part is asked for what is missing."""
-
-    _LISTED = 3  # numbers in the largest sets whose values are listed
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self._listed: dict[int, dict[Fraction, Expression]] = {
-            1 << bit: {Fraction(number): number} for bit, number in enumerate(numbers)
-        }
-
-    def find(self, mask: int, target: Fraction) -> Expression | None:
-        if mask.bit_count() <= self._LISTED:
-            return self._values(mask).get(target)
-        for small, large in _halves(mask):
-            for value, expression in self._values(small).items():
-                for symbol, missing, comes_first in _missing(value, target):
-                    other = self.find(large, missing)
-                    if other is not None:
-                        pair = (other, expression) if comes_first else (expression, other)
-                        return Binary(symbol, *pair)
-        return None
-
-    def _values(self, mask: int) -> dict[Fraction, Expression]:
-        if mask not in self._listed:
-            values: dict[Fraction, Expression] = {}
-            for one, other in _halves(mask):
-                for a, first in self._values(one).items():
-                    for b, second in self._values(other).items():
-                        for symbol, operation in OPERATIONS.items():
-                            if symbol != "/" or b != 0:
-                                values.setdefault(operation(a, b), Binary(symbol, first, second))
-                            if symbol == "-" or (symbol == "/" and a != 0):
-                                values.setdefault(operation(b, a), Binary(symbol, second, first))
-            self._listed[mask] = values
-        return self._listed[mask]
-
-
-def _missing(value: Fraction, target: Fraction) -> Iterator[tuple[str, Fraction, bool]]:
-    """Each (operator, operand, whether the operand comes first) that makes the target of the value."""
-    yield "+", target - value, False
-    yield "-", value - target, False
-    yield "-", target + value, True
-    # Where 0 times the rest makes 0, so does each number of the rest times what is then left: no case for it.
-    if value != 0:
-        yield "*", target / value, False
-        yield "/", target * value, True
-        if target != 0:
-            yield "/", value / target, False
-
-
-def _halves(mask: int) -> Iterator[tuple[int, int]]:
-    """Each way to part a set in two, once, the part with fewer numbers first."""
-    part = (mask - 1) & mask
-    while part:
-        rest = mask ^ part
-        if (part.bit_count(), part) < (rest.bit_count(), rest):
-            yield part, rest
-        part = (part - 1) & mask
 
 
 def _checked(record: Any, place: str, with_context: bool) -> Row:
