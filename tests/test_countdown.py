@@ -132,6 +132,71 @@ def test_too_few_problems_repeat_and_none_is_an_error() -> None:
         Countdown(high=1, targets=(50, 60))
 
 
+# Curricula.
+
+STAGES: tuple[dict[str, Any], ...] = (
+    {"problems": 3, "numbers": (2,), "high": 9},
+    {"problems": 4, "numbers": (3,), "operations": "+-", "solutions": (1, 2)},
+)
+
+
+def test_stages_follow_one_another_and_then_comes_the_task_itself() -> None:
+    task, plain = (Countdown(numbers=(4,), curriculum=stages) for stages in (STAGES, ()))
+    rows = [task.example("train", index).info for index in range(9)]
+    assert [len(row["numbers"]) for row in rows] == [2] * 3 + [3] * 4 + [4] * 2
+    assert all(number <= 9 for row in rows[:3] for number in row["numbers"])
+    assert all(set(row["solution"]) & set("+-*/") <= set("+-") and row["solutions"] <= 2 for row in rows[3:7])
+    assert rows[7:] == [plain.example("train", index).info for index in (7, 8)]
+    assert [task.example("heldout", index) for index in range(5)] == [
+        plain.example("heldout", index) for index in range(5)
+    ]
+
+
+def test_no_stage_trains_on_a_heldout_problem_of_any_other() -> None:
+    ranges = [{"numbers": (count,), "high": 4} for count in (2, 3)]
+    task = Countdown(curriculum=[{"problems": 200, **each} for each in ranges], high=4)
+    trained = set(keys(task, "train", 600))
+    for each in ranges:
+        assert not trained & set(keys(Countdown(**each), "heldout", 200))
+    assert {split_of(task.example("train", index).info) for index in range(600)} == {"train"}
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_problems_of_2_to_6_numbers_have_the_solutions_that_were_asked_for(count: int) -> None:
+    task = Countdown(numbers=(count,), solutions=(1, 200))
+    verifier = task.verifier.load()
+    for split in SPLITS:
+        example = task.example(split, 0)
+        solutions = example.info["solutions"]
+        assert len(example.info["numbers"]) == count
+        assert solutions == count_solutions(example.info["numbers"], Fraction(example.answer)) <= 200
+        score = as_score(verifier(Rollout("", task.worked_solution(example), example.answer, example.info)))
+        assert score.accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ({"problems": 0}, "task.curriculum.1.problems: 0 is not a number"),
+        ({}, "task.curriculum.1.problems: None is not a number"),
+        ({"problems": 5, "number": 3}, "task.curriculum.1: 'number' is not one of problems, numbers, low, high,"),
+        ({"problems": 5, "low": 21}, "task.curriculum.1.low: 21 to 20"),
+        ({"problems": 5, "solutions": (2, 1)}, "task.curriculum.1.solutions: (2, 1) is no range"),
+        ({"problems": 5, "high": 1, "targets": (50, 60)}, "task.curriculum.1: 20000 draws gave no train problem with"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(stage: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        Countdown(curriculum=[{"problems": 2}, stage])
+
+
+@pytest.mark.parametrize("options", [{"curriculum": STAGES}, {"solutions": (1, 2)}])
+def test_problems_of_a_file_have_no_curriculum(options: dict[str, Any], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", rows_of(30))
+    with pytest.raises(ValueError, match=rf"^task\.{next(iter(options))}: it is for generated problems"):
+        Countdown(data=data, **options)
+
+
 # Prompts and worked solutions.
 
 
@@ -264,6 +329,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"operations": ""}, "operations"),
         ({"targets": (0, 5)}, "targets"),
         ({"targets": (9, 5)}, "targets"),
+        ({"solutions": (0, 5)}, "solutions"),
         ({"template": "r2"}, "template"),
         ({"template": "dataset"}, "template"),
         ({"shots": -1}, "shots"),
@@ -469,7 +535,7 @@ def test_the_solver_multiplies_a_zero_by_whatever_is_left() -> None:
 @settings(max_examples=40, deadline=None)
 def test_solutions_are_counted_as_every_expression_says(numbers: list[int], data: st.DataObject) -> None:
     expected = count_by_trying_every_expression(numbers)
-    for value in data.draw(st.lists(st.sampled_from(sorted(expected)), max_size=8)) + [Fraction(1, 97)]:
+    for value in [*data.draw(st.lists(st.sampled_from(sorted(expected)), max_size=8)), Fraction(1, 97)]:
         assert count_solutions(numbers, value) == expected.get(value, 0)
 
 
