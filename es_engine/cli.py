@@ -103,6 +103,7 @@ def score(
     """Score completions of a file, in processes with deadlines, as a run would."""
     from es_engine.scoring import score_file
 
+    _give_each_process_one_thread()
     _print_summary(score_file(load_task(task, overrides or []), source, target))
 
 
@@ -111,7 +112,7 @@ def tasks(
     show: Annotated[str | None, typer.Option(help="A kind of task, or a config: five problems, answered.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List the tasks, or show problems of one, each with a right and a wrong answer and their scores."""
+    """List the tasks, or show problems of one, each with a right and a wrong answer, if known, and their scores."""
     if show is None:
         if overrides:
             raise ValueError("--set: it goes with --show")
@@ -122,6 +123,7 @@ def tasks(
         return
     from es_engine.scoring import graded
 
+    _give_each_process_one_thread()
     chosen = load_task(show, overrides or [])
     for each in graded(chosen.build(), chosen):
         _print_graded(each)
@@ -239,6 +241,11 @@ def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) 
     return load_config(config or beside, overrides), target
 
 
+def _give_each_process_one_thread() -> None:
+    """There is a scoring process for each core, and torch, which a reward model runs on, would take every core."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def _show_end(run: Path) -> None:
     """The held-out figures before and after, and where everything is."""
     from es_engine.run import Run
@@ -265,8 +272,11 @@ def _print_graded(graded: Graded) -> None:
     answers = (("right", graded.right, graded.right_score), ("wrong", graded.wrong, graded.wrong_score))
     typer.echo(f"--- {graded.example.id}\n{prompt}")
     for name, completion, score in answers:
+        if score is None:
+            typer.echo(f"{name}: none known")
+            continue
         parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
-        worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}; {parts}"
+        worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}{parts and '; '}{parts}"
         typer.echo(f"{name}: {completion!r}\n  {score.error or worth}")
 
 

@@ -21,13 +21,14 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """A problem of a task with what a right completion and a wrong one, another problem's, are worth."""
+    """A problem of a task with what a right completion and a wrong one, another problem's, are worth; None where the
+    task knows none."""
 
     example: Example
-    right: str
-    right_score: Score
-    wrong: str
-    wrong_score: Score
+    right: str | None
+    right_score: Score | None
+    wrong: str | None
+    wrong_score: Score | None
 
 
 def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, Any]:
@@ -54,14 +55,23 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
 def graded(task: Task, limits: TaskConfigModel) -> Iterator[Graded]:
     """The first problems of a task's training split, each with a right and a wrong completion and their scores."""
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
-    completions = [task.worked_solution(example) for example in examples]
+    completions = [_worked_solution(task, example) for example in examples]
     with open_scorer(limits, task.verifier, _processes(SHOWN)) as scorer:
         for number, example in enumerate(examples[:SHOWN]):
             for key, completion in ((number, completions[number]), (number + SHOWN, completions[number + 1])):
-                scorer.submit(key, _answered(example, completion))
+                if completion is not None:
+                    scorer.submit(key, _answered(example, completion))
         scores = scorer.drain()
     for number, example in enumerate(examples[:SHOWN]):
-        yield Graded(example, completions[number], scores[number], completions[number + 1], scores[number + SHOWN])
+        right, wrong = completions[number], completions[number + 1]
+        yield Graded(example, right, scores.get(number), wrong, scores.get(number + SHOWN))
+
+
+def _worked_solution(task: Task, example: Example) -> str | None:
+    try:
+        return task.worked_solution(example)
+    except ValueError:  # by which it says that it knows none
+        return None
 
 
 def _processes(rollouts: int) -> int:

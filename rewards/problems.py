@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -24,6 +25,8 @@ _T = TypeVar("_T")
 HELDOUT_SHARE = 0.3
 MAX_DRAWS = 20_000
 """Draws before a generator says that its settings allow no problem."""
+HUB = "hub:"
+_HUB_NAME = re.compile(r"hub:(?P<name>[^@]+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 _BLOCK = 1024  # held-out problems among which none is repeated, while there are enough
 _FRESH_TRIES = 64  # draws of a held-out problem before a repeat is accepted
 
@@ -185,6 +188,15 @@ def read_records(path: Path, field: str) -> list[tuple[str, Any]]:
     return [(place, _json(line, place)) for place, line in lines_of(text, path, field)]
 
 
+def read_source(source: str, field: str) -> list[tuple[str, Any]]:
+    """The records of a file (see `read_records`) or of a hub data set, each with its place for error messages.
+
+    A data set is `hub:owner/name`, with `@config` where it has several and `:split` for another split than train; the
+    package datasets fetches it. Raises ValueError naming `field` and source.
+    """
+    return _hub_records(source, field) if source.startswith(HUB) else read_records(Path(source), field)
+
+
 def read_text(path: Path, field: str) -> str:
     """What a file holds. Raises ValueError naming `field` and file."""
     if not path.is_file():
@@ -220,6 +232,21 @@ def below(numbers: random.Random, bound: int) -> int:
 def pick(numbers: random.Random, choices: Sequence[_T]) -> _T:
     """One of the choices, at random."""
     return choices[below(numbers, len(choices))]
+
+
+def _hub_records(source: str, field: str) -> list[tuple[str, Any]]:
+    match = _HUB_NAME.fullmatch(source)
+    if match is None:
+        raise ValueError(f"{field}: {source!r} is no data set; accepted is hub:owner/name, hub:owner/name@config:split")
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{field}: {source} needs the package datasets, which is not installed") from error
+    try:
+        rows = load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # hub, network, cache and parsers raise kinds of their own
+        raise ValueError(f"{field}: {source} cannot be loaded: {type(error).__name__}: {error}") from error
+    return [(f"{field}: {source}, row {number}", dict(row)) for number, row in enumerate(rows, 1)]
 
 
 def _json(text: str, place: str) -> Any:

@@ -16,6 +16,7 @@ from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
 from es_engine.config.tasks import (
     ArcTaskConfig,
+    ChatTaskConfig,
     ConcisenessTaskConfig,
     CountdownTaskConfig,
     MathTaskConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "AdamWConfig",
     "ArcTaskConfig",
     "BudgetConfig",
+    "ChatTaskConfig",
     "ConcisenessTaskConfig",
     "Config",
     "ConfigError",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from es_engine.config.tasks.arc import ArcTaskConfig
 from es_engine.config.tasks.base import TaskConfigModel
+from es_engine.config.tasks.chat import ChatTaskConfig
 from es_engine.config.tasks.conciseness import ConcisenessTaskConfig
 from es_engine.config.tasks.countdown import CountdownTaskConfig
 from es_engine.config.tasks.math import MathTaskConfig
@@ -20,12 +21,14 @@ TaskConfig = Annotated[
     | MathTaskConfig
     | ArcTaskConfig
     | ConcisenessTaskConfig
+    | ChatTaskConfig
     | ReasoningGymTaskConfig,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "ArcTaskConfig",
+    "ChatTaskConfig",
     "ConcisenessTaskConfig",
     "CountdownTaskConfig",
     "MathTaskConfig",
