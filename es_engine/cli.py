@@ -103,7 +103,6 @@ def score(
     """Score completions of a file, in processes with deadlines, as a run would."""
     from es_engine.scoring import score_file
 
-    _give_each_process_one_thread()
     _print_summary(score_file(load_task(task, overrides or []), source, target))
 
 
@@ -123,7 +122,6 @@ def tasks(
         return
     from es_engine.scoring import graded
 
-    _give_each_process_one_thread()
     chosen = load_task(show, overrides or [])
     for each in graded(chosen.build(), chosen):
         _print_graded(each)
@@ -239,11 +237,6 @@ def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) 
     if config is None and not beside.is_file():
         raise ValueError("--config: an adapter outside a run folder needs the config whose model and task to use")
     return load_config(config or beside, overrides), target
-
-
-def _give_each_process_one_thread() -> None:
-    """There is a scoring process for each core, and torch, which a reward model runs on, would take every core."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _show_end(run: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from es_engine.config import TaskConfigModel
 from es_engine.run_folder import write_json_lines
-from rewards.base import Example, Rollout, Score, Task
+from rewards.base import Example, Rollout, Score, Task, VerifierSpec
+from rewards.composition import verifier_names
 from rewards.problems import read_records
 from workers.scoring import open_scorer
 
@@ -41,7 +42,8 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
     """
     records = read_records(source, "--in")
     rollouts = [_rollout(record, place) for place, record in records]
-    with open_scorer(task, task.build().verifier, _processes(len(rollouts))) as scorer:
+    verifier = task.build().verifier
+    with open_scorer(task, verifier, _processes(verifier, len(rollouts))) as scorer:
         for _, group in groupby(range(len(rollouts)), key=lambda number: records[number][1]["prompt"]):
             keys = list(group)
             scorer.submit_group(keys, [rollouts[key] for key in keys])
@@ -56,7 +58,7 @@ def graded(task: Task, limits: TaskConfigModel) -> Iterator[Graded]:
     """The first problems of a task's training split, each with a right and a wrong completion and their scores."""
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
     completions = [_worked_solution(task, example) for example in examples]
-    with open_scorer(limits, task.verifier, _processes(SHOWN)) as scorer:
+    with open_scorer(limits, task.verifier, _processes(task.verifier, SHOWN)) as scorer:
         for number, example in enumerate(examples[:SHOWN]):
             for key, completion in ((number, completions[number]), (number + SHOWN, completions[number + 1])):
                 if completion is not None:
@@ -74,7 +76,10 @@ def _worked_solution(task: Task, example: Example) -> str | None:
         return None
 
 
-def _processes(rollouts: int) -> int:
+def _processes(verifier: VerifierSpec, rollouts: int) -> int:
+    """One for each core, but one alone for a reward model, which takes every core itself and much memory."""
+    if "reward_model" in verifier_names(verifier):
+        return 1
     return max(1, min(rollouts, len(os.sched_getaffinity(0))))
 
 

@@ -55,12 +55,12 @@ class Chat:
         _check(template, system, fields)
         self.max_tokens = 512 if max_tokens is None else max_tokens
         self.stop = () if stop is None else tuple(stop)
-        if verifier not in (None, "reward_model"):
-            self.verifier = VerifierSpec(str(verifier))
-        elif reward_model is not None:
+        if reward_model is not None and verifier in (None, "reward_model"):
             options = {"max_length": max_length, "output": output, "device": device}
             folder = local_folder(reward_model, "task.reward_model")
             self.verifier = VerifierSpec("reward_model", {"model": str(folder), **options})
+        elif verifier is not None:
+            self.verifier = VerifierSpec(verifier)
         else:
             raise ValueError(
                 "task.reward_model: nothing scores the answers; give a reward model, or task.verifier, or parts under "

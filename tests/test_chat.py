@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from reward_models import own_logits
 from typer.testing import CliRunner
 
+from es_engine import scoring
 from es_engine.cli import app
 from es_engine.config import ChatTaskConfig, ConfigError, load_config, load_task, parse_config
 from es_engine.ledger import Ledger
@@ -143,6 +145,11 @@ def test_parts_may_score_alone_or_beside_the_reward_model(tmp_path: Path) -> Non
     length = "task.reward.length={verifier: length, options: {free: 2, most: 4}}"
     alone = load_task("chat", [f"task.data={data}", length]).build().verifier
     assert [part["verifier"] for part in alone.options["parts"]] == ["length"]
+    part = f"task.reward.liked={{verifier: reward_model, options: {{model: {tmp_path}}}}}"
+    alone = load_task("chat", [f"task.data={data}", part]).build().verifier
+    assert [(part["verifier"], part["options"]) for part in alone.options["parts"]] == [
+        ("reward_model", {"model": str(tmp_path)})
+    ]
     both = [f"task.data={data}", f"task.reward_model={tmp_path}", "task.reward.liked={}", length]
     parts = load_task("chat", both).build().verifier.options["parts"]
     assert [(part["name"], part["verifier"]) for part in parts] == [("liked", "reward_model"), ("length", "length")]
@@ -181,6 +188,14 @@ def test_prompts_are_shown_with_the_answers_that_they_have(classifier: Path, tmp
     assert result.output.count("[user] ") == 5
     assert "right: none known" in result.output
     assert re.search(r"right: '\d+'\n  reward -?\d\.\d+, accuracy none\n", result.output)
+
+
+def test_a_reward_model_is_in_memory_once_when_completions_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    spec = VerifierSpec("reward_model", {"model": "org/judge"})
+    total = VerifierSpec("sum", {"parts": [{"name": "liked", "verifier": "reward_model"}]})
+    others = VerifierSpec("sum", {"parts": [{"name": "short", "verifier": "length"}]})
+    assert [scoring._processes(each, 100) for each in (spec, total, others, VerifierSpec("math"))] == [1, 1, 8, 8]
 
 
 @pytest.mark.ray
