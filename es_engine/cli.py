@@ -111,7 +111,7 @@ def tasks(
     show: Annotated[str | None, typer.Option(help="A kind of task, or a config: five problems, answered.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List the tasks, or show problems of one, each with a right and a wrong answer and their scores."""
+    """List the tasks, or show problems of one, each with a right and a wrong answer, if known, and their scores."""
     if show is None:
         if overrides:
             raise ValueError("--set: it goes with --show")
@@ -265,8 +265,11 @@ def _print_graded(graded: Graded) -> None:
     answers = (("right", graded.right, graded.right_score), ("wrong", graded.wrong, graded.wrong_score))
     typer.echo(f"--- {graded.example.id}\n{prompt}")
     for name, completion, score in answers:
+        if score is None:
+            typer.echo(f"{name}: none known")
+            continue
         parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
-        worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}; {parts}"
+        worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}{parts and '; '}{parts}"
         typer.echo(f"{name}: {completion!r}\n  {score.error or worth}")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from es_engine.config import MultiTurnTaskConfig, SingleTurnTaskConfig, TaskConfigModel
 from es_engine.run_folder import write_json_lines
-from rewards.base import Example, Rollout, Score
+from rewards.base import Example, Rollout, Score, SingleTurnTask, VerifierSpec
+from rewards.composition import verifier_names
 from rewards.environments import Policy, announce, recital
 from rewards.problems import read_records
 from workers.chunks import Problem
@@ -25,13 +26,14 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """A problem of a task with what a right completion and a wrong one, another problem's, are worth."""
+    """A problem of a task with what a right completion and a wrong one, another problem's, are worth; None where the
+    task knows none."""
 
     example: Example
-    right: str
-    right_score: Score
-    wrong: str
-    wrong_score: Score
+    right: str | None
+    right_score: Score | None
+    wrong: str | None
+    wrong_score: Score | None
 
 
 def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, Any]:
@@ -49,7 +51,8 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
         )
     records = read_records(source, "--in")
     rollouts = [_rollout(record, place) for place, record in records]
-    with open_scorer(task, task.build().verifier, _processes(len(rollouts))) as scorer:
+    verifier = task.build().verifier
+    with open_scorer(task, verifier, _processes(verifier, len(rollouts))) as scorer:
         for _, group in groupby(range(len(rollouts)), key=lambda number: records[number][1]["prompt"]):
             keys = list(group)
             scorer.submit_group(keys, [rollouts[key] for key in keys])
@@ -72,14 +75,15 @@ def graded(config: TaskConfigModel) -> list[Graded]:
 def _graded_answers(config: SingleTurnTaskConfig) -> list[Graded]:
     task = config.build()
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
-    completions = [task.worked_solution(example) for example in examples]
-    with open_scorer(config, task.verifier, _processes(SHOWN)) as scorer:
+    completions = [_worked_solution(task, example) for example in examples]
+    with open_scorer(config, task.verifier, _processes(task.verifier, SHOWN)) as scorer:
         for number, example in enumerate(examples[:SHOWN]):
             for key, completion in ((number, completions[number]), (number + SHOWN, completions[number + 1])):
-                scorer.submit(key, _answered(example, completion))
+                if completion is not None:
+                    scorer.submit(key, _answered(example, completion))
         scores = scorer.drain()
     return [
-        Graded(example, completions[number], scores[number], completions[number + 1], scores[number + SHOWN])
+        Graded(example, completions[number], scores.get(number), completions[number + 1], scores.get(number + SHOWN))
         for number, example in enumerate(examples[:SHOWN])
     ]
 
@@ -88,7 +92,7 @@ def _graded_games(config: MultiTurnTaskConfig) -> list[Graded]:
     """The wrong game of a problem says, whatever it hears, what the right game of the next one said."""
     task = config.build()
     examples = [task.example("train", index) for index in range(SHOWN + 1)]
-    with open_scorer(config, task.verifier, _processes(SHOWN)) as scorer:
+    with open_scorer(config, task.verifier, _processes(task.verifier, SHOWN)) as scorer:
         right = _played(examples, [task.worked_policy(example) for example in examples], scorer)
         deaf = [recital(example, _said(following)) for example, following in zip(examples, right[1:], strict=False)]
         wrong = _played(examples[:SHOWN], deaf, scorer)
@@ -119,7 +123,17 @@ def _said(game: Game) -> list[str]:
     return [message["content"] for message in game.trajectory.messages[opening::2]]
 
 
-def _processes(rollouts: int) -> int:
+def _worked_solution(task: SingleTurnTask, example: Example) -> str | None:
+    try:
+        return task.worked_solution(example)
+    except ValueError:  # by which it says that it knows none
+        return None
+
+
+def _processes(verifier: VerifierSpec, rollouts: int) -> int:
+    """One for each core, but one alone for a reward model, which takes every core itself and much memory."""
+    if "reward_model" in verifier_names(verifier):
+        return 1
     return max(1, min(rollouts, len(os.sched_getaffinity(0))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewards import arc as arc
+from rewards import chat as chat
 from rewards import composition as composition
 from rewards import conciseness as conciseness
 from rewards import countdown as countdown

@@ -91,6 +91,11 @@ async def _first(scores: Awaitable[list[Score]]) -> Score:
     return (await scores)[0]
 
 
+def verifier_names(spec: VerifierSpec) -> list[str]:
+    """The names of the verifiers that one asks: those of a sum's parts, or its own."""
+    return [part["verifier"] for part in spec.options["parts"]] if spec.name == "sum" else [spec.name]
+
+
 @register("length")
 def length_verifier(free: int, most: int) -> Verifier:
     """A penalty on long completions: 0 up to `free` tokens, -1 from `most` on, a straight line between them (DAPO,

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rewards import prompts
 from rewards.base import Example, Rollout, Score, Split, Verifier, register
-from rewards.countdown_problems import filed, generated, solve
-from rewards.expressions import OPERATIONS, Expression, ExpressionError, evaluate, literals, parse, to_text
-from rewards.problems import Problems, Row
+from rewards.countdown_problems import Settings, filed, generated
+from rewards.countdown_solver import solve
+from rewards.expressions import Expression, ExpressionError, evaluate, literals, parse, to_text
+from rewards.problems import Problems, Row, staged
 from rewards.r1 import format_grade, last_answer
 from rewards.weights import checked_weights, weighted_verifier
 
@@ -40,6 +42,10 @@ class Countdown:
         low, high: the least and the greatest number.
         operations: those that the generator's solutions use, of `+-*/`; an answer may always use all four.
         targets: the least and the greatest target; the generator's targets are whole and positive.
+        solutions: the least and the most solutions of a generated problem (see `count_solutions`): the fewer, the
+            harder. Each problem that is tried has them counted, which takes half a second where it has six numbers.
+        curriculum: stages that the first training problems go through, each a mapping with its number of `problems` and
+            those of the settings above in which it differs from the task.
         template: `plain` (for a character tokenizer), `few_shot`, `chat`, `r1` (<think>, <answer>), or `dataset`
             (a row's own prompt under `context`, answered in the `r1` form).
         shots: worked lines in a `few_shot` prompt.
@@ -60,6 +66,8 @@ class Countdown:
         high: int = 20,
         operations: str = "+-*/",
         targets: tuple[int, int] = (1, 100),
+        solutions: tuple[int, int] | None = None,
+        curriculum: Sequence[Mapping[str, Any]] = (),
         template: Template = "few_shot",
         shots: int = 2,
         seed: int = 0,
@@ -70,8 +78,9 @@ class Countdown:
         verifier: str | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        _check_generator(numbers, low, high, operations, targets)
+        settings = Settings(numbers, low, high, operations, targets, solutions)
         _check_template(template, shots, data, heldout_data)
+        _check_data(data, heldout_data, solutions, curriculum)
         form: Form = "r1" if template in ("r1", "dataset") else "plain"
         self.max_tokens = _MAX_TOKENS[template] if max_tokens is None else max_tokens
         self.stop = (("\n",) if form == "plain" else ()) if stop is None else tuple(stop)
@@ -79,7 +88,11 @@ class Countdown:
         self._template, self._shots = template, shots
         self._problems: Problems
         if data is None:
-            self._problems = generated(numbers, low, high, operations, targets, seed)
+            self._problems = staged(
+                curriculum,
+                list(asdict(settings)),
+                lambda stage, field: generated(replace(settings, **stage), seed, field),
+            )
         else:
             heldout_path = None if heldout_data is None else Path(heldout_data)
             self._problems = filed(Path(data), heldout_path, template == "dataset", seed)
@@ -203,17 +216,6 @@ def _solution(info: Mapping[str, Any]) -> Expression:
     return found
 
 
-def _check_generator(numbers: tuple[int, ...], low: int, high: int, operations: str, targets: tuple[int, int]) -> None:
-    if not numbers or not all(2 <= count <= 6 for count in numbers):
-        raise ValueError(f"task.numbers: {numbers} must be one or more counts of 2 to 6 numbers")
-    if not 1 <= low <= high <= 1_000_000:
-        raise ValueError(f"task.low: {low} to {high} (task.high) is no range within 1 to 1000000")
-    if not operations or len(set(operations)) < len(operations) or not set(operations) <= set(OPERATIONS):
-        raise ValueError(f"task.operations: {operations!r} must be one or more of {''.join(OPERATIONS)}, each once")
-    if not 1 <= targets[0] <= targets[1]:
-        raise ValueError(f"task.targets: {targets} is no range of positive whole numbers")
-
-
 def _check_template(template: str, shots: int, data: object, heldout_data: object) -> None:
     if template not in get_args(Template):
         raise ValueError(f"task.template: {template!r} is not one of {', '.join(get_args(Template))}")
@@ -221,5 +223,11 @@ def _check_template(template: str, shots: int, data: object, heldout_data: objec
         raise ValueError(f"task.shots: {shots} is not from 0 to {len(prompts.WORKED)}")
     if template == "dataset" and data is None:
         raise ValueError("task.template: dataset takes its prompts from the rows of task.data, which is not given")
+
+
+def _check_data(data: object, heldout_data: object, solutions: object, curriculum: Sequence[Mapping[str, Any]]) -> None:
     if heldout_data is not None and data is None:
         raise ValueError("task.heldout_data: it goes with task.data, which is not given")
+    for field, given in (("solutions", solutions), ("curriculum", curriculum)):
+        if given and data is not None:
+            raise ValueError(f"task.{field}: it is for generated problems; leave it out, or else task.data")

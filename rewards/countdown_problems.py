@@ -1,4 +1,4 @@
-"""Where Countdown problems come from: a seeded generator, files, and an exact solver.
+"""Where Countdown problems come from: a seeded generator, and files.
 
 A problem is a row `{"numbers": [3, 7, 2], "target": "27", ...}`. A hash of its sorted numbers and its target assigns it
 to the training or the held-out split, the same for every seed and source, so the two can never share a problem.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rewards.base import Split
+from rewards.countdown_solver import count_solutions
 from rewards.expressions import MAX_DIGITS, MAX_NUMBERS, OPERATIONS, Binary, Expression, to_text
 from rewards.problems import DrawnProblems, FiledProblems, Row, below, pick, read_records, split_of_key
 from rewards.prompts import WORKED
@@ -21,19 +22,57 @@ from rewards.prompts import WORKED
 _DECIMAL = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,20})?")
 
 
-def generated(
-    counts: tuple[int, ...], low: int, high: int, operations: str, targets: tuple[int, int], seed: int
-) -> DrawnProblems:
-    """Random problems that can be solved, since each target is the value of a random expression of all its numbers."""
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the generator makes, in the words of `Countdown`."""
+
+    numbers: tuple[int, ...] = (3,)
+    low: int = 1
+    high: int = 20
+    operations: str = "+-*/"
+    targets: tuple[int, int] = (1, 100)
+    solutions: tuple[int, int] | None = None
+
+    def check(self, field: str) -> None:
+        """Raises ValueError, naming the setting as part of `field`, for one that makes no sense."""
+        numbers, low, high, operations, targets = self.numbers, self.low, self.high, self.operations, self.targets
+        if not numbers or not all(2 <= count <= 6 for count in numbers):
+            raise ValueError(f"{field}.numbers: {numbers} must be one or more counts of 2 to 6 numbers")
+        if not 1 <= low <= high <= 1_000_000:
+            raise ValueError(f"{field}.low: {low} to {high} ({field}.high) is no range within 1 to 1000000")
+        if not operations or len(set(operations)) < len(operations) or not set(operations) <= set(OPERATIONS):
+            raise ValueError(
+                f"{field}.operations: {operations!r} must be one or more of {''.join(OPERATIONS)}, each once"
+            )
+        if not 1 <= targets[0] <= targets[1]:
+            raise ValueError(f"{field}.targets: {targets} is no range of positive whole numbers")
+        if self.solutions is not None and not 1 <= self.solutions[0] <= self.solutions[1]:
+            raise ValueError(f"{field}.solutions: {self.solutions} is no range of positive whole numbers")
+
+
+def generated(settings: Settings, seed: int, field: str = "task") -> DrawnProblems:
+    """Random problems that can be solved, since each target is the value of a random expression of all its numbers.
+
+    Where there is a range of `solutions`, they are counted, and a row says how many under `solutions`. Raises
+    ValueError, naming `field`, for settings that make no sense.
+    """
+    settings.check(field)
+    targets, solutions = settings.targets, settings.solutions
 
     def draw(stream: random.Random) -> Row | None:
-        numbers, value, expression = _random_expression(stream, counts, low, high, operations)
+        numbers, value, expression = _random_expression(stream, settings)
         if value.denominator == 1 and targets[0] <= value <= targets[1]:
             return {"numbers": numbers, "target": str(value), "solution": to_text(expression)}
         return None
 
-    settings = f"numbers={counts}, low={low}, high={high}, operations={operations!r}, targets={targets}"
-    return DrawnProblems(draw, problem_key, seed, settings, _split_of_key)
+    def finish(row: Row) -> Row | None:
+        if solutions is None:
+            return row
+        count = count_solutions(row["numbers"], Fraction(row["target"]))
+        return {**row, "solutions": count} if solutions[0] <= count <= solutions[1] else None
+
+    given = ", ".join(f"{name}={value!r}" for name, value in asdict(settings).items() if value is not None)
+    return DrawnProblems(draw, problem_key, seed, given, _split_of_key, finish, field)
 
 
 def filed(data: Path, heldout_data: Path | None, with_context: bool, seed: int) -> FiledProblems:
@@ -43,12 +82,11 @@ def filed(data: Path, heldout_data: Path | None, with_context: bool, seed: int) 
     return FiledProblems(rows, heldout, problem_key, seed, str(data), _split_of_key)
 
 
-def _random_expression(
-    stream: random.Random, counts: tuple[int, ...], low: int, high: int, operations: str
-) -> tuple[list[int], Fraction, Expression]:
+def _random_expression(stream: random.Random, settings: Settings) -> tuple[list[int], Fraction, Expression]:
     """Numbers, and random operations on random pairs of them until one value is left: as people play it, the larger
     operand first, so that nothing is negative."""
-    numbers = [low + below(stream, high - low + 1) for _ in range(pick(stream, counts))]
+    low, high, operations = settings.low, settings.high, settings.operations
+    numbers = [low + below(stream, high - low + 1) for _ in range(pick(stream, settings.numbers))]
     left: list[tuple[Fraction, Expression]] = [(Fraction(number), number) for number in numbers]
     while len(left) > 1:
         pair = [left.pop(below(stream, len(left))) for _ in range(2)]
@@ -80,75 +118,6 @@ def read_rows(path: Path, field: str, with_context: bool) -> list[Row]:
     ValueError naming `field`, file and row.
     """
     return [_checked(record, place, with_context) for place, record in read_records(path, field)]
-
-
-def solve(numbers: Sequence[int], target: Fraction) -> Expression | None:
-    """An expression of all the numbers (each once, + - * /) worth exactly the target, or None where there is none.
-
-    Exhaustive in rational arithmetic; milliseconds for up to five numbers, under a second or so for six.
-    """
-    return _Search(numbers).find((1 << len(numbers)) - 1, target)
-
-
-class _Search:
-    """Sets of numbers are bit masks. The values of small sets are listed; a large set is split in two, and for each
-    value of the smaller part the other part is asked for what is missing."""
-
-    _LISTED = 3  # numbers in the largest sets whose values are listed
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self._listed: dict[int, dict[Fraction, Expression]] = {
-            1 << bit: {Fraction(number): number} for bit, number in enumerate(numbers)
-        }
-
-    def find(self, mask: int, target: Fraction) -> Expression | None:
-        if mask.bit_count() <= self._LISTED:
-            return self._values(mask).get(target)
-        for small, large in _halves(mask):
-            for value, expression in self._values(small).items():
-                for symbol, missing, comes_first in _missing(value, target):
-                    other = self.find(large, missing)
-                    if other is not None:
-                        pair = (other, expression) if comes_first else (expression, other)
-                        return Binary(symbol, *pair)
-        return None
-
-    def _values(self, mask: int) -> dict[Fraction, Expression]:
-        if mask not in self._listed:
-            values: dict[Fraction, Expression] = {}
-            for one, other in _halves(mask):
-                for a, first in self._values(one).items():
-                    for b, second in self._values(other).items():
-                        for symbol, operation in OPERATIONS.items():
-                            if symbol != "/" or b != 0:
-                                values.setdefault(operation(a, b), Binary(symbol, first, second))
-                            if symbol == "-" or (symbol == "/" and a != 0):
-                                values.setdefault(operation(b, a), Binary(symbol, second, first))
-            self._listed[mask] = values
-        return self._listed[mask]
-
-
-def _missing(value: Fraction, target: Fraction) -> Iterator[tuple[str, Fraction, bool]]:
-    """Each (operator, operand, whether the operand comes first) that makes the target of the value."""
-    yield "+", target - value, False
-    yield "-", value - target, False
-    yield "-", target + value, True
-    # Where 0 times the rest makes 0, so does each number of the rest times what is then left: no case for it.
-    if value != 0:
-        yield "*", target / value, False
-        yield "/", target * value, True
-        if target != 0:
-            yield "/", value / target, False
-
-
-def _halves(mask: int) -> Iterator[tuple[int, int]]:
-    """Each way to part a set in two, once, the part with fewer numbers first."""
-    part = (mask - 1) & mask
-    while part:
-        rest = mask ^ part
-        if (part.bit_count(), part) < (rest.bit_count(), rest):
-            yield part, rest
-        part = (part - 1) & mask
 
 
 def _checked(record: Any, place: str, with_context: bool) -> Row:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rewards.answers import extract
-from rewards.problems import FiledProblems, Row, digest, read_records
+from rewards.problems import FiledProblems, Row, digest, read_source
 
 Dataset = Literal["gsm8k", "math500", "aime24", "amc23", "olympiadbench", "minerva", "custom"]
 
@@ -23,9 +21,6 @@ COLUMNS: dict[Dataset, tuple[str, str]] = {
 }
 """The columns that a data set's question and reference answer are read from, where nothing else is said."""
 
-HUB = "hub:"
-_HUB_NAME = re.compile(r"hub:(?P<name>[^@]+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
-
 
 def filed(
     data: str, heldout_data: str | None, dataset: Dataset, fields: Mapping[str, str | None], seed: int
@@ -39,9 +34,8 @@ def filed(
 def read_rows(source: str, field: str, dataset: Dataset, fields: Mapping[str, str | None] | None = None) -> list[Row]:
     """The problems of a source: rows `{"question": ..., "answer": ..., "record": {...}}`, the last as it was found.
 
-    The source is a file of JSON lines or of one JSON list, or `hub:owner/name`, with `@config` where the data set has
-    several and `:split` for another split than train; the package datasets fetches that. `fields` names other columns
-    for `question` and `answer` than `COLUMNS`. How the reference answer is read from its column:
+    `read_source` says what a source is. `fields` names other columns for `question` and `answer` than `COLUMNS`. How
+    the reference answer is read from its column:
 
     gsm8k: what follows the last ####.
     minerva: what the last \\boxed{} of the solution holds.
@@ -52,8 +46,7 @@ def read_rows(source: str, field: str, dataset: Dataset, fields: Mapping[str, st
     """
     question, answer = COLUMNS[dataset]
     columns = ((fields or {}).get("question") or question, (fields or {}).get("answer") or answer)
-    records = _hub_records(source, field) if source.startswith(HUB) else read_records(Path(source), field)
-    return [_row(record, place, dataset, *columns) for place, record in records]
+    return [_row(record, place, dataset, *columns) for place, record in read_source(source, field)]
 
 
 def problem_key(row: Row) -> str:
@@ -64,21 +57,6 @@ def problem_key(row: Row) -> str:
 def identity(row: Row) -> str:
     """A short name of a problem, the same wherever it is found."""
     return digest(problem_key(row)).hex()[:12]
-
-
-def _hub_records(source: str, field: str) -> list[tuple[str, Any]]:
-    match = _HUB_NAME.fullmatch(source)
-    if match is None:
-        raise ValueError(f"{field}: {source!r} is no data set; accepted is hub:owner/name, hub:owner/name@config:split")
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{field}: {source} needs the package datasets, which is not installed") from error
-    try:
-        rows = load_dataset(match["name"], match["config"], split=match["split"] or "train")
-    except Exception as error:  # hub, network, cache and parsers raise kinds of their own
-        raise ValueError(f"{field}: {source} cannot be loaded: {type(error).__name__}: {error}") from error
-    return [(f"{field}: {source}, row {number}", dict(row)) for number, row in enumerate(rows, 1)]
 
 
 def _row(record: Any, place: str, dataset: Dataset, question: str, answer: str) -> Row:

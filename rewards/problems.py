@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +25,8 @@ _T = TypeVar("_T")
 HELDOUT_SHARE = 0.3
 MAX_DRAWS = 20_000
 """Draws before a generator says that its settings allow no problem."""
+HUB = "hub:"
+_HUB_NAME = re.compile(r"hub:(?P<name>[^@]+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 _BLOCK = 1024  # held-out problems among which none is repeated, while there are enough
 _FRESH_TRIES = 64  # draws of a held-out problem before a repeat is accepted
 
@@ -33,12 +38,13 @@ class Problems(Protocol):
 
 
 class DrawnProblems:
-    """Random problems. `draw` makes one of a stream of random numbers, or None where the draw came to nothing.
+    """Random problems. `draw` makes one of a stream of random numbers, or None where the draw came to nothing; `finish`
+    does the rest for one of the split that is asked for, where that takes long, and may still refuse it.
 
     A training problem depends on (seed, index) alone, and may come again. Held-out problems differ from one another
     within each 1,024 indices (0 to 1023, 1024 to 2047, ...) unless the settings allow too few: a repeat is accepted
     after 64 draws. To know one, all before it in its 1,024 are made, once. Where 20,000 draws give no problem of a
-    split, `row` raises ValueError with what `settings` says of them.
+    split, `row` raises ValueError with `field` and what `settings` says of them.
     """
 
     def __init__(
@@ -48,8 +54,11 @@ class DrawnProblems:
         seed: int,
         settings: str,
         split_of: Callable[[str], Split] | None = None,
+        finish: Callable[[Row], Row | None] | None = None,
+        field: str = "task",
     ) -> None:
-        self._draw_row, self._key, self._seed, self._settings = draw, key, seed, settings
+        self._draw_row, self._key, self._seed, self._settings, self._field = draw, key, seed, settings, field
+        self._finish = finish or (lambda row: row)
         self._split_of = split_of or split_of_key
         self._heldout: dict[int, tuple[list[Row], set[str]]] = {}
 
@@ -74,9 +83,59 @@ class DrawnProblems:
     def _draw(self, split: Split, numbers: random.Random) -> Row:
         for _ in range(MAX_DRAWS):
             row = self._draw_row(numbers)
-            if row is not None and self._split_of(self._key(row)) == split:
-                return row
-        raise ValueError(f"task: {MAX_DRAWS} draws gave no {split} problem with {self._settings}; widen one of them")
+            if row is None or self._split_of(self._key(row)) != split:
+                continue
+            finished = self._finish(row)
+            if finished is not None:
+                return finished
+        raise ValueError(
+            f"{self._field}: {MAX_DRAWS} draws gave no {split} problem with {self._settings}; widen one of them"
+        )
+
+
+class StagedProblems:
+    """A curriculum: the first training problems come from `stages`, each so many problems of a source, those after
+    them from `rest`. Held-out problems are those of `rest`, whatever the stage.
+
+    Training problem number `index` is the one that its source has under this number. Where all sources assign a problem
+    to a split alike, as `split_of_key` does, no stage trains on a held-out problem. Raises ValueError where a source
+    does.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Problems]], rest: Problems) -> None:
+        self._ends = list(accumulate(count for count, _ in stages))
+        self._sources = [*(source for _, source in stages), rest]
+        for start in [0, *self._ends]:
+            self.row("train", start)  # a stage that allows no problem is refused here, not in the middle of a run
+
+    def row(self, split: Split, index: int) -> Row:
+        stage = bisect_right(self._ends, index) if split == "train" else -1
+        return self._sources[stage].row(split, index)
+
+
+def staged(
+    curriculum: Sequence[Mapping[str, Any]],
+    settings: Sequence[str],
+    source: Callable[[Mapping[str, Any], str], Problems],
+) -> Problems:
+    """The problems of a curriculum (see `StagedProblems`), or without stages those of the task alone.
+
+    A stage has its number of `problems` and those of the `settings` in which it differs from the task, None being no
+    difference. `source` makes the problems of such differences, and names what is wrong with them by the field that it
+    is given, such as task.curriculum.0 for the first stage. Raises ValueError, naming the stage, for what is no stage.
+    """
+    stages = []
+    for number, stage in enumerate(curriculum):
+        field = f"task.curriculum.{number}"
+        given = {name: value for name, value in stage.items() if value is not None}
+        problems = given.pop("problems", None)
+        if not isinstance(problems, int) or problems < 1:
+            raise ValueError(f"{field}.problems: {problems!r} is not a number of problems of at least 1")
+        if unknown := given.keys() - set(settings):
+            raise ValueError(f"{field}: {min(unknown)!r} is not one of problems, {', '.join(settings)}")
+        stages.append((problems, source(given, field)))
+    rest = source({}, "task")
+    return StagedProblems(stages, rest) if stages else rest
 
 
 class FiledProblems:
@@ -129,6 +188,15 @@ def read_records(path: Path, field: str) -> list[tuple[str, Any]]:
     return [(place, _json(line, place)) for place, line in lines_of(text, path, field)]
 
 
+def read_source(source: str, field: str) -> list[tuple[str, Any]]:
+    """The records of a file (see `read_records`) or of a hub data set, each with its place for error messages.
+
+    A data set is `hub:owner/name`, with `@config` where it has several and `:split` for another split than train; the
+    package datasets fetches it. Raises ValueError naming `field` and source.
+    """
+    return _hub_records(source, field) if source.startswith(HUB) else read_records(Path(source), field)
+
+
 def read_text(path: Path, field: str) -> str:
     """What a file holds. Raises ValueError naming `field` and file."""
     if not path.is_file():
@@ -164,6 +232,21 @@ def below(numbers: random.Random, bound: int) -> int:
 def pick(numbers: random.Random, choices: Sequence[_T]) -> _T:
     """One of the choices, at random."""
     return choices[below(numbers, len(choices))]
+
+
+def _hub_records(source: str, field: str) -> list[tuple[str, Any]]:
+    match = _HUB_NAME.fullmatch(source)
+    if match is None:
+        raise ValueError(f"{field}: {source!r} is no data set; accepted is hub:owner/name, hub:owner/name@config:split")
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{field}: {source} needs the package datasets, which is not installed") from error
+    try:
+        rows = load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # hub, network, cache and parsers raise kinds of their own
+        raise ValueError(f"{field}: {source} cannot be loaded: {type(error).__name__}: {error}") from error
+    return [(f"{field}: {source}, row {number}", dict(row)) for number, row in enumerate(rows, 1)]
 
 
 def _json(text: str, place: str) -> Any:

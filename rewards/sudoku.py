@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rewards import sudoku_prompts as prompts
 from rewards.base import Example, Rollout, Score, Split, Verifier, register
-from rewards.problems import Problems
+from rewards.problems import Problems, staged
 from rewards.r1 import format_grade, last_answer
-from rewards.sudoku_grids import MAX_BLANKS, SIZES, Grid, is_complete, keeps, parse, size_of, to_line, to_rows
+from rewards.sudoku_grids import SIZES, Grid, is_complete, keeps, parse, size_of, to_line, to_rows
 from rewards.sudoku_problems import FiledPuzzles, generated, problem_key
 from rewards.weights import checked_weights, weighted_verifier
 
@@ -35,6 +35,8 @@ class Sudoku:
     Args:
         size: 4 (boxes of 2x2) or 9 (boxes of 3x3).
         blanks: the least and the most empty cells of a generated puzzle, up to 12 of 16 and 58 of 81.
+        curriculum: stages that the first training problems go through, each a mapping with its number of `problems` and
+            its `blanks`.
         template: `plain` (for a character tokenizer), `chat`, or `r1` (<think>, <answer>).
         seed: of the problems' choice and order. It does not move a problem from one split to the other.
         max_tokens, stop: for generation; left out, what suits the template and the size.
@@ -50,6 +52,7 @@ class Sudoku:
         *,
         size: Size = 4,
         blanks: tuple[int, int] = (4, 8),
+        curriculum: Sequence[Mapping[str, Any]] = (),
         template: Template = "chat",
         seed: int = 0,
         max_tokens: int | None = None,
@@ -59,14 +62,16 @@ class Sudoku:
         verifier: str | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        _check(size, blanks, template, data, heldout_data)
+        _check(size, template, data, heldout_data, curriculum)
         self.max_tokens = _MAX_TOKENS[template][size] if max_tokens is None else max_tokens
         self.stop = (("\n",) if template == "plain" else ()) if stop is None else tuple(stop)
         self.verifier = weighted_verifier("sudoku", verifier, weights, WEIGHTS, {"form": template})
         self._template = template
         self._problems: Problems
         if data is None:
-            self._problems = generated(size, blanks, seed)
+            self._problems = staged(
+                curriculum, ["blanks"], lambda stage, field: generated(size, stage.get("blanks", blanks), seed, field)
+            )
         else:
             heldout_path = None if heldout_data is None else Path(heldout_data)
             self._problems = FiledPuzzles(Path(data), heldout_path, size, seed)
@@ -175,12 +180,14 @@ def _answer(completion: str, form: Template) -> str:
             return last_answer(f"<think>{completion}") or ""
 
 
-def _check(size: int, blanks: tuple[int, int], template: str, data: object, heldout_data: object) -> None:
+def _check(
+    size: int, template: str, data: object, heldout_data: object, curriculum: Sequence[Mapping[str, Any]]
+) -> None:
     if size not in SIZES:
         raise ValueError(f"task.size: {size} is not one of {', '.join(map(str, SIZES))}")
-    if not 1 <= blanks[0] <= blanks[1] <= MAX_BLANKS[size]:
-        raise ValueError(f"task.blanks: {blanks} is no range within 1 to {MAX_BLANKS[size]}, for a size of {size}")
     if template not in get_args(Template):
         raise ValueError(f"task.template: {template!r} is not one of {', '.join(get_args(Template))}")
     if heldout_data is not None and data is None:
         raise ValueError("task.heldout_data: it goes with task.data, which is not given")
+    if curriculum and data is not None:
+        raise ValueError("task.curriculum: it is for generated problems; leave it out, or else task.data")

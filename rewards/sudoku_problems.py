@@ -17,6 +17,7 @@ from typing import Any
 from rewards.base import Split
 from rewards.problems import DrawnProblems, FiledProblems, Row, lines_of, read_records, read_text
 from rewards.sudoku_grids import (
+    MAX_BLANKS,
     Grid,
     is_complete,
     is_possible,
@@ -36,14 +37,17 @@ def problem_key(row: Row) -> str:
     return str(row["puzzle"])
 
 
-def generated(size: int, blanks: tuple[int, int], seed: int) -> DrawnProblems:
-    """Random puzzles with one solution and a number of empty cells in the range `blanks` (see `random_puzzle`)."""
+def generated(size: int, blanks: tuple[int, int], seed: int, field: str = "task") -> DrawnProblems:
+    """Random puzzles with one solution and a number of empty cells in the range `blanks` (see `random_puzzle`). Raises
+    ValueError, naming `blanks` as part of `field`, for a range that cannot be."""
+    if not 1 <= blanks[0] <= blanks[1] <= MAX_BLANKS[size]:
+        raise ValueError(f"{field}.blanks: {blanks} is no range within 1 to {MAX_BLANKS[size]}, for a size of {size}")
 
     def draw(numbers: random.Random) -> Row | None:
         drawn = random_puzzle(numbers, size, blanks)
         return None if drawn is None else {"puzzle": to_line(drawn[0]), "solution": to_line(drawn[1])}
 
-    return DrawnProblems(draw, problem_key, seed, f"size={size}, blanks={blanks}")
+    return DrawnProblems(draw, problem_key, seed, f"size={size}, blanks={blanks}", field=field)
 
 
 class FiledPuzzles:

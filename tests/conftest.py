@@ -1,4 +1,4 @@
-"""Real models: two small random ones, and the pretrained one that pip installs. Each is made once a session."""
+"""Real models: small random ones, and the pretrained one that pip installs. Each is made once a session."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_models import build_classifier
 
 from workers.models import resolve
 
@@ -55,6 +56,11 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_model(tmp_path_factory.mktemp("qwen"), qkv_bias=True)
+
+
+@pytest.fixture(scope="session")
+def classifier(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_classifier(tmp_path_factory.mktemp("classifier"), random_llama)
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,11 @@ SENTENCES = {
     "optimizer={kind: adam, lr: 1, betas: [0.9]}": "optimizer.betas: got [0.9], accepted is a list of 2, "
     "each item a number >= 0 and < 1",
     "task.template=poem": 'task.template: got "poem", accepted is plain, few_shot, chat, r1 or dataset',
+    "task.curriculum=[{problems: 9}, {problems: 9, numbers: [7]}]": "task.curriculum.1.numbers: got [7], accepted is "
+    "null or a non-empty list, each item an integer >= 2 and <= 6",
+    "task.curriculum=[{number: 3}]": "task.curriculum.0.problems: missing, accepted is an integer >= 1\n"
+    "task.curriculum.0.number: unknown key, perhaps numbers; accepted are problems, numbers, low, high, operations, "
+    "targets, solutions",
     "task.weights.solved=-1": "task.weights.solved: got -1, accepted is a number >= 0",
     "task.weights=1": "task.weights: got 1, accepted is null or a mapping of format, numbers, solved",
     "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto",

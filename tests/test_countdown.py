@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import permutations, product
@@ -17,7 +19,8 @@ from hypothesis import strategies as st
 
 from rewards.base import Example, Rollout, Score, Split, VerifierSpec, as_score
 from rewards.countdown import Countdown, Template, countdown_verifier
-from rewards.countdown_problems import problem_key, solve, split_of
+from rewards.countdown_problems import problem_key, split_of
+from rewards.countdown_solver import count_solutions, solve
 from rewards.expressions import Binary, Expression, evaluate, literals, parse
 from rewards.prompts import PLAIN_ALPHABET, WORKED
 
@@ -127,6 +130,71 @@ def test_too_few_problems_repeat_and_none_is_an_error() -> None:
     assert len(set(keys(few, "heldout", 30))) < 30
     with pytest.raises(ValueError, match="gave no train problem with numbers"):
         Countdown(high=1, targets=(50, 60))
+
+
+# Curricula.
+
+STAGES: tuple[dict[str, Any], ...] = (
+    {"problems": 3, "numbers": (2,), "high": 9},
+    {"problems": 4, "numbers": (3,), "operations": "+-", "solutions": (1, 2)},
+)
+
+
+def test_stages_follow_one_another_and_then_comes_the_task_itself() -> None:
+    task, plain = (Countdown(numbers=(4,), curriculum=stages) for stages in (STAGES, ()))
+    rows = [task.example("train", index).info for index in range(9)]
+    assert [len(row["numbers"]) for row in rows] == [2] * 3 + [3] * 4 + [4] * 2
+    assert all(number <= 9 for row in rows[:3] for number in row["numbers"])
+    assert all(set(row["solution"]) & set("+-*/") <= set("+-") and row["solutions"] <= 2 for row in rows[3:7])
+    assert rows[7:] == [plain.example("train", index).info for index in (7, 8)]
+    assert [task.example("heldout", index) for index in range(5)] == [
+        plain.example("heldout", index) for index in range(5)
+    ]
+
+
+def test_no_stage_trains_on_a_heldout_problem_of_any_other() -> None:
+    ranges = [{"numbers": (count,), "high": 4} for count in (2, 3)]
+    task = Countdown(curriculum=[{"problems": 200, **each} for each in ranges], high=4)
+    trained = set(keys(task, "train", 600))
+    for each in ranges:
+        assert not trained & set(keys(Countdown(**each), "heldout", 200))
+    assert {split_of(task.example("train", index).info) for index in range(600)} == {"train"}
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_problems_of_2_to_6_numbers_have_the_solutions_that_were_asked_for(count: int) -> None:
+    task = Countdown(numbers=(count,), solutions=(1, 200))
+    verifier = task.verifier.load()
+    for split in SPLITS:
+        example = task.example(split, 0)
+        solutions = example.info["solutions"]
+        assert len(example.info["numbers"]) == count
+        assert solutions == count_solutions(example.info["numbers"], Fraction(example.answer)) <= 200
+        score = as_score(verifier(Rollout("", task.worked_solution(example), example.answer, example.info)))
+        assert score.accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ({"problems": 0}, "task.curriculum.1.problems: 0 is not a number"),
+        ({}, "task.curriculum.1.problems: None is not a number"),
+        ({"problems": 5, "number": 3}, "task.curriculum.1: 'number' is not one of problems, numbers, low, high,"),
+        ({"problems": 5, "low": 21}, "task.curriculum.1.low: 21 to 20"),
+        ({"problems": 5, "solutions": (2, 1)}, "task.curriculum.1.solutions: (2, 1) is no range"),
+        ({"problems": 5, "high": 1, "targets": (50, 60)}, "task.curriculum.1: 20000 draws gave no train problem with"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(stage: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        Countdown(curriculum=[{"problems": 2}, stage])
+
+
+@pytest.mark.parametrize("options", [{"curriculum": STAGES}, {"solutions": (1, 2)}])
+def test_problems_of_a_file_have_no_curriculum(options: dict[str, Any], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", rows_of(30))
+    with pytest.raises(ValueError, match=rf"^task\.{next(iter(options))}: it is for generated problems"):
+        Countdown(data=data, **options)
 
 
 # Prompts and worked solutions.
@@ -261,6 +329,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"operations": ""}, "operations"),
         ({"targets": (0, 5)}, "targets"),
         ({"targets": (9, 5)}, "targets"),
+        ({"solutions": (0, 5)}, "solutions"),
         ({"template": "r2"}, "template"),
         ({"template": "dataset"}, "template"),
         ({"shots": -1}, "shots"),
@@ -460,6 +529,75 @@ def test_the_solver_multiplies_a_zero_by_whatever_is_left() -> None:
     found = solve((2, 2, 50, 301, 7001), Fraction(0))  # only 2-2 is zero here
     assert found is not None
     assert evaluate(found) == 0
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.data())
+@settings(max_examples=40, deadline=None)
+def test_solutions_are_counted_as_every_expression_says(numbers: list[int], data: st.DataObject) -> None:
+    expected = count_by_trying_every_expression(numbers)
+    for value in [*data.draw(st.lists(st.sampled_from(sorted(expected)), max_size=8)), Fraction(1, 97)]:
+        assert count_solutions(numbers, value) == expected.get(value, 0)
+
+
+def test_numbers_without_repeats_make_as_many_functions_as_are_known() -> None:
+    """1, 6, 68, 1170: sequence A140606 of the OEIS."""
+    for numbers, functions in (((7,), 1), ((7, 50), 6), ((7, 50, 301), 68), ((7, 50, 301, 4001), 1170)):
+        expected = count_by_trying_every_expression(list(numbers))
+        assert sum(expected.values()) == functions
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "count"),
+    [
+        ((2, 2), 4, 2),  # 2+2 and 2*2
+        ((2, 2), 0, 1),  # 2-2
+        ((50, 3, 2), 49, 1),  # 50-(3-2), which is 50-3+2 and 2-(3-50)
+        ((64, 8, 2), 16, 1),  # 64/(8/2), which is 64/8*2 and 2/(8/64)
+        ((9, 4, 20, 13), 35, 1),  # (9-4)*(20-13), which is (4-9)*(13-20)
+        ((3, 1, 5), 15, 2),  # 5*3*1 and 5*3/1
+        ((25, 50, 75, 100, 3, 6), 952, 6),
+    ],
+)
+def test_what_counts_once(numbers: tuple[int, ...], target: int, count: int) -> None:
+    assert count_solutions(numbers, Fraction(target)) == count
+
+
+@given(st.lists(st.integers(1, 20), min_size=5, max_size=5), st.integers(1, 100))
+@settings(max_examples=15, deadline=None)
+def test_there_is_a_solution_where_one_is_counted(numbers: list[int], target: int) -> None:
+    assert (solve(numbers, Fraction(target)) is None) == (count_solutions(numbers, Fraction(target)) == 0)
+
+
+def count_by_trying_every_expression(numbers: list[int]) -> dict[Fraction, int]:
+    """The number of solutions for each value, by the definition: every expression, as a function of unknowns.
+
+    A function is known by its values at a random place modulo a prime, and those after each exchange of equal numbers.
+    """
+    prime = 2**61 - 1
+    stream = random.Random(0)
+    unknowns = [stream.randrange(prime) for _ in numbers]
+    exchanges = [
+        order
+        for order in permutations(range(len(numbers)))
+        if all(numbers[place] == numbers[at] for at, place in enumerate(order))
+    ]
+    worth: dict[int, set[tuple[Fraction, tuple[int, ...]]]] = {
+        1 << place: {(Fraction(number), tuple(unknowns[order[place]] for order in exchanges))}
+        for place, number in enumerate(numbers)
+    }
+    everything = (1 << len(numbers)) - 1
+    for chosen in range(1, everything + 1):
+        for part in range(1, chosen):
+            if part & chosen != part:
+                continue
+            for (a, x), (b, y) in product(worth[part], worth[chosen ^ part]):
+                made = worth.setdefault(chosen, set())
+                made.add((a + b, tuple((i + j) % prime for i, j in zip(x, y, strict=True))))
+                made.add((a - b, tuple((i - j) % prime for i, j in zip(x, y, strict=True))))
+                made.add((a * b, tuple(i * j % prime for i, j in zip(x, y, strict=True))))
+                if b != 0:
+                    made.add((a / b, tuple(i * pow(j, -1, prime) % prime for i, j in zip(x, y, strict=True))))
+    return Counter(value for value, _ in {(value, frozenset(images)) for value, images in worth[everything]})
 
 
 def every_value(values: list[Fraction]) -> set[Fraction]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from es_engine.config import ChatTaskConfig, load_config
+from rewards.chat import read_rows
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/rewards.md").read_text()
 SHORT = "--set budget.generations=2 --set model.steps=40 --set method.population=8 --set evaluation.problems=64"
@@ -71,6 +74,12 @@ def test_commands_that_score(folder: Path) -> None:
     assert list(parts[0]["components"]) == ["form", "right", "brief"]
     assert parts[1]["components"]["right"] == 0
     assert [row["score"] for row in ranked] == [0.0, -1.0]
+
+
+def test_the_config_with_a_reward_model(folder: Path) -> None:
+    task = load_config(folder / "chat.yaml").task
+    assert isinstance(task, ChatTaskConfig)
+    assert [row["answer"] for row in read_rows(task.data, "task.data", task.template)] == [None, None, "A plum."]
 
 
 @pytest.mark.vllm

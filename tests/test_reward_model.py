@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from huggingface_hub import constants
+from reward_models import own_logits
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from rewards.base import Rollout, VerifierSpec, judge_now
+from rewards.reward_model import local_folder
 from workers.scoring import Scorer
 
-TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
 ASK = ({"role": "user", "content": "3+4"},)
 ROLLOUTS = [
     Rollout("12+7=", "19", "19", {}),
@@ -20,32 +23,6 @@ ROLLOUTS = [
     Rollout("unused", "7", "7", {}, messages=ASK),
     Rollout("", "", "", {}, messages=ASK),
 ]
-
-
-@pytest.fixture(scope="module")
-def classifier(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with two outputs, and its character tokenizer with a chat template."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(random_llama, num_labels=2)
-    AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(random_llama)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def own_logits(folder: Path, text: str) -> list[float]:
-    """What the classifier itself says of one text."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    with torch.inference_mode():
-        return model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"]).logits[0].tolist()
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -57,6 +34,21 @@ def test_scores_are_the_classifiers_own(classifier: Path, output: int) -> None:
     expected = [own_logits(classifier, text)[output] for text in texts]
     assert len(set(expected)) == len(expected)
     assert found == pytest.approx(expected, abs=1e-5)
+    alone = [judge_now(verifier, [rollout], asyncio.run)[0].value for rollout in ROLLOUTS]
+    assert found == alone  # to the last bit: a batch is whatever comes together, and a ledger is to be had again
+
+
+def test_a_chat_template_writes_the_special_tokens_itself(classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "judge")
+    verifier = VerifierSpec("reward_model", {"model": str(tmp_path / "judge")}).load()
+    (score,) = judge_now(verifier, [ROLLOUTS[2]], asyncio.run)
+    assert score.value == pytest.approx(own_logits(classifier, "<s><user>3+4\n<assistant>7\n")[0], abs=1e-5)
+    (score,) = judge_now(verifier, [ROLLOUTS[0]], asyncio.run)
+    assert score.value == pytest.approx(own_logits(classifier, "<s>12+7=19")[0], abs=1e-5)
 
 
 def test_of_a_long_text_the_end_is_read(classifier: Path) -> None:
@@ -79,5 +71,20 @@ def test_a_scoring_process_asks_it_in_batches(classifier: Path) -> None:
 def test_a_model_or_an_output_that_is_not_there_is_refused(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^verifier: reward_model cannot load"):
         VerifierSpec("reward_model", {"model": str(tmp_path)}).load()
+    with pytest.raises(ValueError, match=r"^verifier: reward_model has device=tpu; accepted are auto, cpu, cuda$"):
+        VerifierSpec("reward_model", {"model": str(classifier), "device": "tpu"}).load()
     with pytest.raises(ValueError, match=r"^verifier: reward_model has output=2; accepted for .* are 0 to 1$"):
         VerifierSpec("reward_model", {"model": str(classifier), "output": 2}).load()
+
+
+def test_a_model_of_the_hub_is_its_snapshot(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--judge" / "snapshots" / ("0" * 40)
+    shutil.copytree(classifier, snapshot)
+    (tmp_path / "models--org--judge" / "refs").mkdir()
+    (tmp_path / "models--org--judge" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert local_folder("org/judge", "task.reward_model") == snapshot
+    assert local_folder(str(classifier), "task.reward_model") == classifier
+    with pytest.raises(ValueError, match=r"^task\.reward_model: 'org/other' is no local folder, and the hub gives no"):
+        local_folder("org/other", "task.reward_model")

@@ -252,6 +252,18 @@ def test_what_makes_no_sense_is_refused_by_field(field: str, options: dict[str, 
         Sudoku(**options)
 
 
+def test_a_curriculum_goes_from_few_blanks_to_the_tasks_own() -> None:
+    stages = [{"problems": 2, "blanks": (1, 2)}, {"problems": 3, "blanks": (3, 3)}]
+    task, plain = Sudoku(blanks=(6, 6), curriculum=stages), Sudoku(blanks=(6, 6))
+    blanks = [task.example("train", index).info["puzzle"].count(".") for index in range(7)]
+    assert max(blanks[:2]) <= 2
+    assert blanks[2:] == [3, 3, 3, 6, 6]
+    assert task.example("train", 5) == plain.example("train", 5)
+    assert task.example("heldout", 0) == plain.example("heldout", 0)
+    with pytest.raises(ValueError, match=r"^task\.curriculum\.1\.blanks: \(1, 13\) is no range within 1 to 12"):
+        Sudoku(curriculum=[stages[0], {"problems": 3, "blanks": (1, 13)}])
+
+
 # Prompts and worked solutions.
 
 

@@ -16,6 +16,7 @@ from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
 from es_engine.config.tasks import (
     ArcTaskConfig,
+    ChatTaskConfig,
     ConcisenessTaskConfig,
     CountdownTaskConfig,
     EnvironmentTaskConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "AdamWConfig",
     "ArcTaskConfig",
     "BudgetConfig",
+    "ChatTaskConfig",
     "ConcisenessTaskConfig",
     "Config",
     "ConfigError",

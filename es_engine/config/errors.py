@@ -25,7 +25,7 @@ def as_config_error(error: ValidationError, root: type[BaseModel], data: Mapping
 def _explain(detail: Mapping[str, Any], root: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
     """The dotted path of the field that is at fault and the sentence about it."""
     keys, model, info = _locate(detail["loc"], root)
-    path = ".".join(key if key.isidentifier() else in_yaml(key) for key in keys)
+    path = ".".join(key if key.isidentifier() or key.isdecimal() else in_yaml(key) for key in keys)
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
         return path, f"{path}.{message}" if path else message
@@ -35,7 +35,7 @@ def _explain(detail: Mapping[str, Any], root: type[BaseModel], data: Mapping[str
         return path, f"{path}: missing, accepted is {accepted_by(info)}"
     given: Any = data
     for key in keys:
-        given = given[key]
+        given = given[int(key) if isinstance(given, list) else key]
     if detail["type"] == "union_tag_invalid":
         kinds = one_of(kinds_of(*models_of(info.annotation)))
         return path, f"{path}.kind: got {in_yaml(given['kind'])}, accepted is {kinds}"
@@ -52,7 +52,7 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str
     models: tuple[type[BaseModel], ...] = (root,)
     values: tuple[type[BaseModel], ...] = ()
     for part in loc:
-        if values:  # this part is the name of one of a mapping
+        if values:  # this part is the name of one of a mapping, or the place in a list
             keys.append(str(part))
             models, values = values, ()
             continue

@@ -146,10 +146,13 @@ def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
 
 
 def _part(part: Any, folder: Path) -> Any:
-    """A part of a reward, with the path of its verifier absolute."""
-    if isinstance(part, dict) and isinstance(part.get("verifier"), str):
-        return {**part, "verifier": _verifier(part["verifier"], folder)}
-    return part
+    """A part of a reward, with the path of its verifier, or of its reward model, absolute."""
+    if not isinstance(part, dict) or not isinstance(part.get("verifier"), str):
+        return part
+    options = part.get("options")
+    if part["verifier"] == "reward_model" and isinstance(options, dict) and isinstance(options.get("model"), str):
+        part = {**part, "options": {**options, "model": _model_source(options["model"], folder)}}
+    return {**part, "verifier": _verifier(part["verifier"], folder)}
 
 
 def _file(name: str, folder: Path) -> str:
@@ -187,6 +190,7 @@ _PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
     ("space", "init"): _file,
     ("task", "data"): _data,
     ("task", "heldout_data"): _data,
+    ("task", "reward_model"): _model_source,
     ("task", "verifier"): _verifier,
     ("task", "environment"): _verifier,
 }

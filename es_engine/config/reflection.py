@@ -38,11 +38,13 @@ def models_of(annotation: Any) -> tuple[type[BaseModel], ...]:
 
 
 def models_of_values(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """The models that the values of a mapping may be; empty for a field that holds no such mapping."""
+    """The models that the values of a mapping or the items of a list may be; empty for a field of another type."""
     if get_origin(annotation) is Annotated:
         return models_of_values(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return tuple(model for arm in get_args(annotation) for model in models_of_values(arm))
+    if get_origin(annotation) is tuple:
+        return models_of(get_args(annotation)[0])
     return models_of(get_args(annotation)[1]) if get_origin(annotation) is dict else ()
 
 
@@ -75,7 +77,8 @@ def field_docs(model: type[BaseModel], prefix: str = "", kind: str | None = None
             # A schedule belongs to the kind of its axis; its own kinds share all fields.
             yield from field_docs(inner, f"{prefix}{name}.", kind or next(iter(kinds_of(inner)), None))
         for inner in models_of_values(info.annotation):
-            yield from field_docs(inner, f"{prefix}{name}.NAME.", kind)
+            place = "N" if get_origin(info.annotation) is tuple else "NAME"
+            yield from field_docs(inner, f"{prefix}{name}.{place}.", kind)
 
 
 def _default(info: FieldInfo) -> str | None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from es_engine.config.tasks.arc import ArcTaskConfig
 from es_engine.config.tasks.base import MultiTurnTaskConfig, SingleTurnTaskConfig, TaskConfigModel
+from es_engine.config.tasks.chat import ChatTaskConfig
 from es_engine.config.tasks.conciseness import ConcisenessTaskConfig
 from es_engine.config.tasks.countdown import CountdownTaskConfig
 from es_engine.config.tasks.environment import EnvironmentTaskConfig
@@ -22,6 +23,7 @@ TaskConfig = Annotated[
     | MathTaskConfig
     | ArcTaskConfig
     | ConcisenessTaskConfig
+    | ChatTaskConfig
     | ReasoningGymTaskConfig
     | GuessTaskConfig
     | EnvironmentTaskConfig,
@@ -30,6 +32,7 @@ TaskConfig = Annotated[
 
 __all__ = [
     "ArcTaskConfig",
+    "ChatTaskConfig",
     "ConcisenessTaskConfig",
     "CountdownTaskConfig",
     "EnvironmentTaskConfig",

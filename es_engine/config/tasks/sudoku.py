@@ -23,6 +23,13 @@ class SudokuWeightsConfig(ConfigModel):
     solved: NonNegativeFloat = Field(default=0.5, description="Weight of a solved puzzle.")
 
 
+class SudokuStageConfig(ConfigModel):
+    """One stage of a curriculum."""
+
+    problems: PositiveInt = Field(description="How many training problems the stage has.")
+    blanks: Range = Field(description="As task.blanks.")
+
+
 class SudokuTaskConfig(SingleTurnTaskConfig):
     """Sudoku: fill in the empty cells so that every row, column and box holds every digit once."""
 
@@ -32,6 +39,9 @@ class SudokuTaskConfig(SingleTurnTaskConfig):
     size: Literal[4, 9] = Field(default=4, description="Rows, columns and digits of a grid.")
     blanks: Range = Field(
         default=(4, 8), description="The least and the most empty cells of a generated puzzle: to 12 of 16, 58 of 81."
+    )
+    curriculum: Annotated[tuple[SudokuStageConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Stages of the first training problems, in order; held-out problems have none."
     )
     template: Literal["plain", "chat", "r1"] = Field(default="chat", description="Form of the prompt and the answer.")
     data: Text | None = Field(
