@@ -14,6 +14,7 @@ from es_engine.config import TaskConfigModel
 from es_engine.run_folder import write_json_lines
 from rewards.base import Example, Rollout, Score, Task
 from rewards.problems import read_records
+from workers.chunks import by_verifier
 from workers.scoring import open_scorer
 
 SHOWN = 5
@@ -45,7 +46,7 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
             keys = list(group)
             scorer.submit_group(keys, [rollouts[key] for key in keys])
         scores = scorer.drain()
-        failures = dict(scorer.failures)
+        failures = by_verifier(scorer.failures)
     rows = [{**record, **_fields(scores[number])} for number, (_, record) in enumerate(records)]
     write_json_lines(target, rows)
     return _summary(rows, failures)
@@ -103,14 +104,14 @@ def _fields(score: Score) -> dict[str, Any]:
     return fields | ({"notes": score.notes} if score.notes else {})
 
 
-def _summary(rows: list[dict[str, Any]], failures: Mapping[str, int]) -> dict[str, Any]:
+def _summary(rows: list[dict[str, Any]], failures: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     names = Counter(name for row in rows for name in row["components"])
     return {
         "completions": len(rows),
         "score": _mean([row["score"] for row in rows]),
         "accuracy": _mean([row["accuracy"] for row in rows]),
         "components": {name: _mean([row["components"].get(name) for row in rows]) for name in sorted(names)},
-        "failures": dict(sorted(failures.items())),
+        "failures": failures,
     }
 
 

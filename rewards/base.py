@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, SupportsFloat, TypeGuard, TypeVar, get_args
+from typing import Any, Final, Literal, Protocol, SupportsFloat, TypeGuard, TypeVar, get_args
 
 ENTRY_POINTS = "es_engine.verifiers"
 """The group of entry points under which a package ships verifiers."""
@@ -62,7 +62,7 @@ class Score:
 
     `value` is the reward, None when there is no score; `components` are its named parts; `accuracy` (0 to 1) is
     exact correctness, apart from any shaping; `error` says why there is no score. `notes` are what else the verifier
-    has to say, as JSON can write it; they are kept with the sample.
+    has to say, as JSON can write it; they are kept with the sample. `missing` are the parts of a sum that gave none.
     """
 
     value: float | None
@@ -70,6 +70,11 @@ class Score:
     accuracy: float | None = None
     error: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+NO_SCORE: Final = "no score"
+"""Among failures, what a rollout counts as that the verifier itself gave no score: that is not its failure."""
 
 
 DIALECTS = {
@@ -159,6 +164,19 @@ def verifier(name: str | None = None, *, takes: Takes = "rollout") -> Callable[[
 def takes(verifier: Verifier) -> Takes:
     """What a verifier is called with."""
     return getattr(verifier, "takes", "rollout")
+
+
+@dataclass(slots=True)
+class Parts:
+    """The names of the parts that a verifier is made of; it calls `tell` with a part's place before it asks it."""
+
+    names: tuple[str, ...] = ()
+    tell: Callable[[int], None] = lambda place: None
+
+
+def parts(verifier: Verifier) -> Parts:
+    """What a verifier is made of: nothing, unless it is a sum."""
+    return getattr(verifier, "parts", None) or Parts()
 
 
 def judge_now(

@@ -9,6 +9,7 @@ from typing import Any
 
 from rewards.base import (
     InvalidScore,
+    Parts,
     Rollout,
     Score,
     Takes,
@@ -48,10 +49,10 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     """The sum of parts, each the keyword arguments of a `Part`.
 
     The score's components are the parts by name, weighted, so that they sum to its value; its accuracy is that of the
-    first part whose verifier has one, its notes those of the parts. A part whose number is None counts nothing; if all
-    are, there is no score. A part with an error leaves the rollout without a score. Verifiers that several parts name
-    are asked once. Raises ValueError for two parts of a name, for a gate that is no part, and for a verifier that does
-    not exist.
+    first part whose verifier has one, its notes those of the parts. A part whose number is None is `missing` and counts
+    nothing; if all are, there is no score. A part with an error leaves the rollout without a score. Verifiers that
+    several parts name are asked once, in the name of the first of them. Raises ValueError for two parts of a name, for
+    a gate that is no part, and for a verifier that does not exist.
     """
     wanted = [Part(**part) for part in parts]
     _check(wanted)
@@ -60,9 +61,13 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     loaded = [spec.load() for spec in specs]
     column_of = {part.name: specs.index(spec) for part, spec in zip(wanted, asked, strict=True)}
     widest = max(map(takes, loaded), key=_WIDEST.index)
+    askers = Parts(tuple(wanted[asked.index(spec)].name for spec in specs))
 
     def together(rollouts: list[Rollout]) -> Any:
-        answers = [ask(each, rollouts) for each in loaded]
+        answers = []
+        for place, each in enumerate(loaded):
+            askers.tell(place)
+            answers.append(ask(each, rollouts))
 
         def combine(answers: list[list[Any]]) -> list[Score]:
             columns = [as_scores(answer, each, rollouts) for each, answer in zip(loaded, answers, strict=True)]
@@ -73,18 +78,26 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
 
         # Verifiers that are not asynchronous run outside of any event loop, and may start one of their own.
         if any(inspect.isawaitable(each) for answer in answers for each in answer):
-            return _later(answers, combine)
+            return _later(answers, combine, askers)
         return combine(answers)
 
     def alone(rollout: Rollout) -> Any:
         scores = together([rollout])
         return _first(scores) if inspect.isawaitable(scores) else scores[0]
 
-    return verifier()(alone) if widest == "rollout" else verifier(takes=widest)(together)
+    function: Any = alone if widest == "rollout" else together
+    function.parts = askers
+    return verifier(takes=widest)(function)
 
 
-async def _later(answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]]) -> list[Score]:
-    return combine([[await settled(each) for each in answer] for answer in answers])
+async def _later(
+    answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]], askers: Parts
+) -> list[Score]:
+    columns = []
+    for place, answer in enumerate(answers):
+        askers.tell(place)
+        columns.append([await settled(each) for each in answer])
+    return combine(columns)
 
 
 async def _first(scores: Awaitable[list[Score]]) -> Score:
@@ -126,15 +139,17 @@ def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
         score = scores[part.name]
         if score.error is not None:
             kind = InvalidScore if isinstance(score, InvalidScore) else Score
-            return kind(None, error=f"{part.name}: {score.error}")
+            return kind(None, error=f"{part.name}: {score.error}", missing=(part.name,))
         if part.of is not None and part.of != ACCURACY and part.of not in score.components:
             has = ", ".join(score.components) or "none"
-            return InvalidScore(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
+            error = f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}"
+            return InvalidScore(None, error=error, missing=(part.name,))
         numbers[part.name] = _number(part, score)
     components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
     accuracy = next((score.accuracy for score in scores.values() if score.accuracy is not None), None)
     notes = {name: score.notes for name, score in scores.items() if score.notes}
-    return Score(sum(components.values()) if components else None, components, accuracy, notes=notes)
+    missing = tuple(part.name for part in parts if numbers[part.name] is None)
+    return Score(sum(components.values()) if components else None, components, accuracy, notes=notes, missing=missing)
 
 
 def _number(part: Part, score: Score) -> float | None:

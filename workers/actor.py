@@ -76,9 +76,9 @@ class Worker:
         scores = self._scorer.drain()
         result = _collect(chunk, batch, completions, scores)
         result.failures = {
-            kind: count - failures_before.get(kind, 0)
-            for kind, count in self._scorer.failures.items()
-            if count > failures_before.get(kind, 0)
+            failure: count - failures_before.get(failure, 0)
+            for failure, count in self._scorer.failures.items()
+            if count > failures_before.get(failure, 0)
         }
         result.seconds = {
             "slots": written - started,
