@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -248,6 +247,8 @@ def _by_name(name: str) -> VerifierFactory:
     """The factory of a registered verifier, or of one that an installed package ships."""
     if name in _REGISTRY:
         return _REGISTRY[name]
+    import importlib.metadata  # a scoring process starts quicker without
+
     shipped = importlib.metadata.entry_points(group=ENTRY_POINTS)
     if name not in shipped.names:
         known = ", ".join(sorted({*_REGISTRY, *shipped.names}))

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,11 +141,15 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def wait_until_gone(pid: int) -> None:
+def wait_until(happened: Callable[[], bool]) -> None:
     give_up = time.monotonic() + 5
-    while not is_gone(pid):
-        assert time.monotonic() < give_up, f"process {pid} is still there"
+    while not happened():
+        assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+def wait_until_gone(pid: int) -> None:
+    wait_until(lambda: is_gone(pid))
 
 
 def kinds(scorer: Scorer) -> dict[str, int]:
@@ -387,6 +391,19 @@ def test_children_are_replaced_after_a_while(verifier_file: Path) -> None:
             scorer.submit(key, rollout("os.getpid()"))
         pids = [score.value for score in scorer.drain().values()]
     assert sorted(Counter(pids).values()) == [2, 5, 5]
+
+
+def test_the_successor_of_a_child_that_hangs_is_there_before_it_is_killed(verifier_file: Path) -> None:
+    before = children()
+    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=2.0) as scorer:
+        (first,) = children() - before
+        scorer.submit("hang", rollout("time.sleep(1000)"))
+        wait_until(lambda: len(children() - before) == 2)
+        assert not is_gone(first)
+        (second,) = children() - before - {first}
+        assert "took longer" in (scorer.drain()["hang"].error or "")
+        scorer.submit("pid", rollout("os.getpid()"))
+        assert scorer.drain() == {"pid": Score(second)}
 
 
 def test_submit_does_not_wait(scorer: Scorer) -> None:

@@ -65,9 +65,8 @@ class Mark:
     SIZE = _PLACE.size
 
     def __init__(self, descriptor: int) -> None:
-        """Takes the descriptor of a file of SIZE bytes, and closes it."""
+        """`descriptor` is of a file of SIZE bytes, and may be closed afterwards."""
         self._memory = mmap.mmap(descriptor, self.SIZE)
-        os.close(descriptor)
 
     def set(self, place: int) -> None:
         """Say which part is asked; -1 is none yet."""

@@ -116,13 +116,12 @@ class ScoringProcess:
         return max(0, len(self.jobs) - 1) * self._pace
 
     def give(self, job: Job) -> None:
-        waned = self._given >= WANING * self._limits.recycle
-        self._given += len(job.keys)
+        before, self._given = self._given, self._given + len(job.keys)
         self.jobs.append(job)
         self._outgoing += b"[%b]\n" % b",".join(job.rollouts)
         if self.ready and len(self.jobs) == 1:
             self._start_clock()
-        if not waned and self._given >= WANING * self._limits.recycle:
+        if before < WANING * self._limits.recycle <= self._given:
             self.heir_due = -math.inf
 
     def flush(self) -> None:
@@ -136,14 +135,13 @@ class ScoringProcess:
             self._outgoing.clear()
 
     def verdicts(self) -> Iterator[list[Verdict]]:
-        """Those on each job that it has replied to. Raises ProcessFailure where it can reply no more, or replied
-        rubbish."""
+        """Those on each job to which a reply has come. Raises ProcessFailure where no more can come, or rubbish did."""
         lines = self._receive()
         for line in lines:
             if self.ready:
-                yield self._verdicts(line)
+                yield self._read(line)
             else:
-                self._begin(line)
+                self._open(line)
         if lines:
             self._set_pace(len(lines))
             self._start_clock()
@@ -193,7 +191,7 @@ class ScoringProcess:
             )
         return lines
 
-    def _begin(self, line: bytes) -> None:
+    def _open(self, line: bytes) -> None:
         """Take its first reply, which says what the verifier is, or why it could not be loaded."""
         reply = json.loads(line)
         if reply["error"]:
@@ -202,17 +200,20 @@ class ScoringProcess:
         self.takes = reply["takes"]
         self._parts = tuple(reply["parts"])
 
-    def _verdicts(self, line: bytes) -> list[Verdict]:
+    def _read(self, line: bytes) -> list[Verdict]:
         """Read the reply to the first job. Trusts nothing: hostile text may have got the better of the verifier."""
-        name, keys = self._verifier.name, self.jobs[0].keys if self.jobs else ()
+        name = self._verifier.name
         try:
             reply: dict[str, Any] = json.loads(line)
             scores = [Score(**plain_score(**score)) for score in reply["scores"]]
             failures = [_known(each, {name, *self._parts}) for each in reply["failures"]]
-            if reply["job"] != self._done or not keys:
+            keys = self.jobs[0].keys
+            if reply["job"] != self._done:
                 raise ValueError("not a reply to the job it is at")
             if not len(scores) == len(failures) == len(keys):
                 raise ValueError("not as many scores as rollouts")
+            if any(score.value is None and not kinds for score, kinds in zip(scores, failures, strict=True)):
+                raise ValueError("neither a score nor a failure")
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             rubbish = f"the verifier's process sent rubbish: {error}"[:MAX_ERROR]
             raise ProcessFailure(name, "invalid value", rubbish) from error
@@ -229,10 +230,11 @@ class ScoringProcess:
         if self._window == 1:
             self._window = SLOW_WINDOW
             return
-        self._pace = (time.monotonic() - self._clock) / jobs
+        self._pace = max(time.monotonic() - self._clock, 1e-6) / jobs
         self._window = min(WINDOW, self._window + jobs, max(SLOW_WINDOW, int(AHEAD / self._pace)))
 
     def _start_clock(self) -> None:
+        """Time the first job from now on."""
         self._clock = time.monotonic()
         seconds = len(self.jobs[0].keys) * self._limits.deadline if self.jobs else math.inf
         self.expires = self._clock + seconds
@@ -240,14 +242,13 @@ class ScoringProcess:
 
 
 def _start() -> tuple[socket.socket, Mark, subprocess.Popen[bytes]]:
-    mark = os.memfd_create("mark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(mark, Mark.SIZE)
-    # To read memory whose file the child has cut short would kill this process.
-    fcntl.fcntl(mark, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    descriptors = theirs.fileno(), mark
-    with theirs:
+    with theirs, open(os.memfd_create("mark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b") as memory:
+        memory.truncate(Mark.SIZE)
+        # To read memory whose file the child has cut short would kill this process.
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        descriptors = theirs.fileno(), memory.fileno()
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.scoring_child", *map(str, [*descriptors, os.getpid()])],
             stdin=subprocess.DEVNULL,
@@ -256,7 +257,7 @@ def _start() -> tuple[socket.socket, Mark, subprocess.Popen[bytes]]:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             start_new_session=True,
         )
-    return ours, Mark(mark), process
+        return ours, Mark(memory.fileno()), process
 
 
 _KINDS = set(get_args(Failure))
