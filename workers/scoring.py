@@ -38,10 +38,11 @@ class Scorer:
     """Scores rollouts in child processes while the caller does something else.
 
     `deadline` is in seconds, for each rollout, from when the verifier starts on it; `memory_bytes` limits a child's
-    address space; `start_timeout` is in seconds, for loading the verifier; a
-    child is replaced after `recycle` rollouts. `failures` counts rollouts by the name of
-    the verifier, or of the part of a sum, that left them without a score, and by kind: timeout, exception, invalid
-    value, died, out of memory, or no score where it gave none.
+    address space; `start_timeout` is in seconds, for loading the verifier; a child is replaced after `recycle`
+    rollouts. There are up to twice as many children as `processes` while some of them have probably hung.
+
+    `failures` counts rollouts by the verifier, or the part of a sum, that left them without a score, and by kind:
+    timeout, exception, invalid value, died, out of memory, or no score where it gave none.
 
     Raises ValueError where the verifier cannot be loaded.
     """
@@ -182,6 +183,8 @@ class Scorer:
 
     def _attend(self) -> None:
         """Sleep until there is something to do; take what the children replied; end those that are late."""
+        # Nobody waits for this thread while all have work, and to look at each reply as it comes would cost more than
+        # a quick verifier does.
         time.sleep(min([PAUSE, *(child.work_ahead / 2 for child in self._at_work)]))
         # A child is late if its time was up before the look at its socket that found nothing: a reply that came
         # while this thread was not scheduled still counts.

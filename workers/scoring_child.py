@@ -23,7 +23,8 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
+from functools import cache
 from typing import Any, Literal
 
 from rewards.base import NO_SCORE, InvalidScore, Rollout, Score, Verifier, VerifierSpec, judge_now, parts, takes
@@ -112,12 +113,11 @@ class _Judge:
         self._mark = mark
         self._parts = parts(verifier)
         self._parts.tell = mark.set
-        self._run = _event_loop()
 
     def __call__(self, rollouts: list[Rollout]) -> list[Judged]:
         self._mark.set(-1)
         try:
-            scores = judge_now(self._verifier, rollouts, self._run)
+            scores = judge_now(self._verifier, rollouts, _run)
         except MemoryError:
             return [self._failed("out of memory", "the verifier ran out of memory")] * len(rollouts)
         except BaseException as error:  # noqa: BLE001 - whatever a verifier raises, sys.exit too, costs these only
@@ -143,18 +143,15 @@ class _Judge:
         return dict.fromkeys(missing, kind)
 
 
-def _event_loop() -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """What runs coroutines in one event loop, imported and begun for the first of them: few verifiers have any."""
-    runners: list[Any] = []
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return _runner().run(coroutine)
 
-    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-        if not runners:
-            import asyncio
 
-            runners.append(asyncio.Runner())
-        return runners[0].run(coroutine)
+@cache
+def _runner() -> Any:
+    import asyncio  # few verifiers need it, and it would be a third of the start
 
-    return run
+    return asyncio.Runner()
 
 
 def _die_with(parent: int) -> None:
