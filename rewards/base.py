@@ -175,7 +175,8 @@ class Parts:
 
 def parts(verifier: Verifier) -> Parts:
     """What a verifier is made of: nothing, unless it is a sum."""
-    return getattr(verifier, "parts", None) or Parts()
+    found = getattr(verifier, "parts", None)
+    return found if isinstance(found, Parts) else Parts()
 
 
 def judge_now(

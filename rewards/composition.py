@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.base import (
     InvalidScore,
@@ -24,6 +24,7 @@ from rewards.base import (
 )
 
 ACCURACY = "accuracy"
+_T = TypeVar("_T")
 _WIDEST: tuple[Takes, ...] = ("rollout", "batch", "group")
 
 
@@ -61,16 +62,20 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     loaded = [spec.load() for spec in specs]
     column_of = {part.name: specs.index(spec) for part, spec in zip(wanted, asked, strict=True)}
     widest = max(map(takes, loaded), key=_WIDEST.index)
-    askers = Parts(tuple(wanted[asked.index(spec)].name for spec in specs))
+    firsts = [asked.index(spec) for spec in specs]
+    mine = Parts(tuple(part.name for part in wanted))
+
+    def columnwise(items: Sequence[_T]) -> Iterator[tuple[_T, Verifier]]:
+        """Each item with the verifier that it is for, which is at work from then on."""
+        for item, each, place in zip(items, loaded, firsts, strict=True):
+            mine.tell(place)
+            yield item, each
 
     def together(rollouts: list[Rollout]) -> Any:
-        answers = []
-        for place, each in enumerate(loaded):
-            askers.tell(place)
-            answers.append(ask(each, rollouts))
+        answers = [ask(each, rollouts) for _, each in columnwise(loaded)]
 
         def combine(answers: list[list[Any]]) -> list[Score]:
-            columns = [as_scores(answer, each, rollouts) for each, answer in zip(loaded, answers, strict=True)]
+            columns = [as_scores(answer, each, rollouts) for answer, each in columnwise(answers)]
             return [
                 _sum(wanted, {name: columns[column][row] for name, column in column_of.items()})
                 for row in range(len(rollouts))
@@ -78,26 +83,19 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
 
         # Verifiers that are not asynchronous run outside of any event loop, and may start one of their own.
         if any(inspect.isawaitable(each) for answer in answers for each in answer):
-            return _later(answers, combine, askers)
+            return later(answers, combine)
         return combine(answers)
+
+    async def later(answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]]) -> list[Score]:
+        return combine([[await settled(each) for each in answer] for answer, _ in columnwise(answers)])
 
     def alone(rollout: Rollout) -> Any:
         scores = together([rollout])
         return _first(scores) if inspect.isawaitable(scores) else scores[0]
 
     function: Any = alone if widest == "rollout" else together
-    function.parts = askers
+    function.parts = mine
     return verifier(takes=widest)(function)
-
-
-async def _later(
-    answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]], askers: Parts
-) -> list[Score]:
-    columns = []
-    for place, answer in enumerate(answers):
-        askers.tell(place)
-        columns.append([await settled(each) for each in answer])
-    return combine(columns)
 
 
 async def _first(scores: Awaitable[list[Score]]) -> Score:
