@@ -6,7 +6,6 @@ Shapes: P problems, n samples a problem.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.methods.es import CallRunner, evaluate, mean_components, mean_of_samples
+from es_engine.methods.es import CallRunner, evaluate, failures_by_verifier, mean_components, mean_of_samples
 from workers.chunks import Chunk, ChunkResult, Problem, Transcript
 from workers.engine import CENTER, Sampling
 
@@ -76,9 +75,6 @@ def _chunks(problems: int, sampling: Sampling, size: int) -> list[Chunk]:
 
 
 def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) -> dict[str, Any]:
-    failures: Counter[str] = Counter()
-    for result in results:
-        failures.update(result.failures)
     per_problem = mean_of_samples(rewards[None])[0]
     scored = per_problem[~np.isnan(per_problem)]
     summary: dict[str, Any] = {
@@ -91,7 +87,7 @@ def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) ->
         "prompt_tokens": sum(result.prompt_tokens for result in results),
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
-        "failures": dict(sorted(failures.items())),
+        "failures": failures_by_verifier(results),
         "times": {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds},
     }
     return summary | _accuracy_summary(accuracy)

@@ -16,7 +16,7 @@ from rewards.base import Example, Rollout, Score, SingleTurnTask, VerifierSpec
 from rewards.composition import verifier_names
 from rewards.environments import Policy, announce, recital
 from rewards.problems import read_records
-from workers.chunks import Problem
+from workers.chunks import Problem, by_verifier
 from workers.engine import Completion
 from workers.games import Game, new_game, play
 from workers.scoring import Scorer, open_scorer
@@ -57,7 +57,7 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
             keys = list(group)
             scorer.submit_group(keys, [rollouts[key] for key in keys])
         scores = scorer.drain()
-        failures = dict(scorer.failures)
+        failures = by_verifier(scorer.failures)
     rows = [{**record, **_fields(scores[number])} for number, (_, record) in enumerate(records)]
     write_json_lines(target, rows)
     return _summary(rows, failures)
@@ -172,14 +172,14 @@ def _fields(score: Score) -> dict[str, Any]:
     return fields | ({"notes": score.notes} if score.notes else {})
 
 
-def _summary(rows: list[dict[str, Any]], failures: Mapping[str, int]) -> dict[str, Any]:
+def _summary(rows: list[dict[str, Any]], failures: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     names = Counter(name for row in rows for name in row["components"])
     return {
         "completions": len(rows),
         "score": _mean([row["score"] for row in rows]),
         "accuracy": _mean([row["accuracy"] for row in rows]),
         "components": {name: _mean([row["components"].get(name) for row in rows]) for name in sorted(names)},
-        "failures": dict(sorted(failures.items())),
+        "failures": failures,
     }
 
 

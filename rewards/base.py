@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, SupportsFloat, TypeGuard, TypeVar, get_args
+from typing import Any, Final, Literal, Protocol, SupportsFloat, TypeGuard, TypeVar, get_args
 
 ENTRY_POINTS = "es_engine.verifiers"
 """The group of entry points under which a package ships verifiers."""
@@ -62,7 +61,7 @@ class Score:
 
     `value` is the reward, None when there is no score; `components` are its named parts; `accuracy` (0 to 1) is
     exact correctness, apart from any shaping; `error` says why there is no score. `notes` are what else the verifier
-    has to say, as JSON can write it; they are kept with the sample.
+    has to say, as JSON can write it; they are kept with the sample. `missing` are the parts of a sum that gave none.
     """
 
     value: float | None
@@ -70,6 +69,11 @@ class Score:
     accuracy: float | None = None
     error: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+NO_SCORE: Final = "no score"
+"""Among failures, what a rollout counts as that the verifier itself gave no score: that is not its failure."""
 
 
 DIALECTS = {
@@ -166,6 +170,20 @@ def takes(verifier: Verifier) -> Takes:
     return getattr(verifier, "takes", "rollout")
 
 
+@dataclass(slots=True)
+class Parts:
+    """The names of the parts that a verifier is made of; it calls `tell` with a part's place before it asks it."""
+
+    names: tuple[str, ...] = ()
+    tell: Callable[[int], None] = lambda place: None
+
+
+def parts(verifier: Verifier) -> Parts:
+    """What a verifier is made of: nothing, unless it is a sum."""
+    found = getattr(verifier, "parts", None)
+    return found if isinstance(found, Parts) else Parts()
+
+
 def judge_now(
     verifier: Verifier, rollouts: Sequence[Rollout], run: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> list[Score]:
@@ -235,6 +253,8 @@ def _by_name(name: str) -> VerifierFactory:
     """The factory of a registered verifier, or of one that an installed package ships."""
     if name in _REGISTRY:
         return _REGISTRY[name]
+    import importlib.metadata  # a scoring process starts quicker without
+
     shipped = importlib.metadata.entry_points(group=ENTRY_POINTS)
     if name not in shipped.names:
         known = ", ".join(sorted({*_REGISTRY, *shipped.names}))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.base import (
     InvalidScore,
+    Parts,
     Rollout,
     Score,
     Takes,
@@ -23,6 +24,7 @@ from rewards.base import (
 )
 
 ACCURACY = "accuracy"
+_T = TypeVar("_T")
 _WIDEST: tuple[Takes, ...] = ("rollout", "batch", "group")
 
 
@@ -48,10 +50,10 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     """The sum of parts, each the keyword arguments of a `Part`.
 
     The score's components are the parts by name, weighted, so that they sum to its value; its accuracy is that of the
-    first part whose verifier has one, its notes those of the parts. A part whose number is None counts nothing; if all
-    are, there is no score. A part with an error leaves the rollout without a score. Verifiers that several parts name
-    are asked once. Raises ValueError for two parts of a name, for a gate that is no part, and for a verifier that does
-    not exist.
+    first part whose verifier has one, its notes those of the parts. A part whose number is None is `missing` and counts
+    nothing; if all are, there is no score. A part with an error leaves the rollout without a score. Verifiers that
+    several parts name are asked once, in the name of the first of them. Raises ValueError for two parts of a name, for
+    a gate that is no part, and for a verifier that does not exist.
     """
     wanted = [Part(**part) for part in parts]
     _check(wanted)
@@ -60,12 +62,20 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
     loaded = [spec.load() for spec in specs]
     column_of = {part.name: specs.index(spec) for part, spec in zip(wanted, asked, strict=True)}
     widest = max(map(takes, loaded), key=_WIDEST.index)
+    firsts = [asked.index(spec) for spec in specs]
+    mine = Parts(tuple(part.name for part in wanted))
+
+    def columnwise(items: Sequence[_T]) -> Iterator[tuple[_T, Verifier]]:
+        """Each item with the verifier that it is for, which is at work from then on."""
+        for item, each, place in zip(items, loaded, firsts, strict=True):
+            mine.tell(place)
+            yield item, each
 
     def together(rollouts: list[Rollout]) -> Any:
-        answers = [ask(each, rollouts) for each in loaded]
+        answers = [ask(each, rollouts) for _, each in columnwise(loaded)]
 
         def combine(answers: list[list[Any]]) -> list[Score]:
-            columns = [as_scores(answer, each, rollouts) for each, answer in zip(loaded, answers, strict=True)]
+            columns = [as_scores(answer, each, rollouts) for answer, each in columnwise(answers)]
             return [
                 _sum(wanted, {name: columns[column][row] for name, column in column_of.items()})
                 for row in range(len(rollouts))
@@ -73,18 +83,19 @@ def sum_verifier(parts: Sequence[Mapping[str, Any]]) -> Verifier:
 
         # Verifiers that are not asynchronous run outside of any event loop, and may start one of their own.
         if any(inspect.isawaitable(each) for answer in answers for each in answer):
-            return _later(answers, combine)
+            return later(answers, combine)
         return combine(answers)
+
+    async def later(answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]]) -> list[Score]:
+        return combine([[await settled(each) for each in answer] for answer, _ in columnwise(answers)])
 
     def alone(rollout: Rollout) -> Any:
         scores = together([rollout])
         return _first(scores) if inspect.isawaitable(scores) else scores[0]
 
-    return verifier()(alone) if widest == "rollout" else verifier(takes=widest)(together)
-
-
-async def _later(answers: list[list[Any]], combine: Callable[[list[list[Any]]], list[Score]]) -> list[Score]:
-    return combine([[await settled(each) for each in answer] for answer in answers])
+    function: Any = alone if widest == "rollout" else together
+    function.parts = mine
+    return verifier(takes=widest)(function)
 
 
 async def _first(scores: Awaitable[list[Score]]) -> Score:
@@ -131,15 +142,17 @@ def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
         score = scores[part.name]
         if score.error is not None:
             kind = InvalidScore if isinstance(score, InvalidScore) else Score
-            return kind(None, error=f"{part.name}: {score.error}")
+            return kind(None, error=f"{part.name}: {score.error}", missing=(part.name,))
         if part.of is not None and part.of != ACCURACY and part.of not in score.components:
             has = ", ".join(score.components) or "none"
-            return InvalidScore(None, error=f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}")
+            error = f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}"
+            return InvalidScore(None, error=error, missing=(part.name,))
         numbers[part.name] = _number(part, score)
     components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
     accuracy = next((score.accuracy for score in scores.values() if score.accuracy is not None), None)
     notes = {name: score.notes for name, score in scores.items() if score.notes}
-    return Score(sum(components.values()) if components else None, components, accuracy, notes=notes)
+    missing = tuple(part.name for part in parts if numbers[part.name] is None)
+    return Score(sum(components.values()) if components else None, components, accuracy, notes=notes, missing=missing)
 
 
 def _number(part: Part, score: Score) -> float | None:

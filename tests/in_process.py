@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import Example
-from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem, Transcript
+from rewards.base import NO_SCORE, Example
+from workers.chunks import Chunk, ChunkResult, Problem, Transcript
 from workers.engine import Vector
 from workers.perturbation import Perturber
 from workers.pool import Call
@@ -45,7 +45,7 @@ class FunctionWorker:
             truncated=1,
             looped=2,
             prompt_tokens=sum(len(problem.prompt_ids) for row in problems for problem in row),
-            failures={self.failure: int(np.isnan(rewards).sum())},
+            failures={("mine", self.failure): int(np.isnan(rewards).sum())},
             error=None if self.failure == NO_SCORE else "it hung",
             transcripts=[
                 [

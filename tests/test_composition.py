@@ -15,6 +15,7 @@ from rewards.base import Rollout, Score, VerifierSpec, judge_now, takes
 from workers.scoring import Scorer
 
 MINE = """
+import asyncio, os, sys, time
 from rewards.base import Score, verifier
 
 def form(rollout):
@@ -31,6 +32,12 @@ def noted(rollout):
 
 def broken(rollout):
     return "rubbish"
+
+def hostile(rollout):
+    return eval(rollout.completion)  # the tests' own text
+
+async def later(rollout):
+    return await asyncio.sleep(1000 if rollout.completion == "1" else 0)
 
 @verifier(takes="group")
 def rank(rollouts):
@@ -101,7 +108,32 @@ def test_what_is_wrong_with_a_part_is_a_failure_and_not_a_missing_score(mine: Pa
         with Scorer(VerifierSpec("sum", {"parts": parts})) as scorer:
             scorer.submit("key", Rollout("", "x", "", {}))
             assert scorer.drain()["key"].value is None
-            assert scorer.failures == {"invalid value": 1}
+            assert scorer.failures == {(parts[0]["name"], "invalid value"): 1}
+
+
+@pytest.mark.parametrize(
+    ("completion", "failures"),
+    [
+        ("1 / 0", {("hostile", "exception"): 1}),
+        ("sys.exit()", {("hostile", "exception"): 1}),
+        ("'rubbish'", {("hostile", "invalid value"): 1}),
+        ("bytearray(1 << 60)", {("hostile", "out of memory"): 1}),
+        ("time.sleep(1000)", {("hostile", "timeout"): 1}),
+        ("os._exit(1)", {("hostile", "died"): 1}),
+        ("None", {("hostile", "no score"): 1, ("later", "no score"): 1, ("again", "no score"): 1}),
+        ("1", {("later", "timeout"): 1}),
+        ("0", {("later", "no score"): 1, ("again", "no score"): 1}),
+    ],
+)
+def test_a_failure_is_counted_against_the_part_that_failed(
+    mine: Path, completion: str, failures: dict[tuple[str, str], int]
+) -> None:
+    parts = [part(mine, "form"), part(mine, "hostile"), part(mine, "later")]
+    again = {**parts[1], "name": "again", "of": "accuracy"}  # its verifier is asked in the name of the first
+    with Scorer(VerifierSpec("sum", {"parts": [*parts, again]}), deadline=0.5) as scorer:
+        scorer.submit("key", Rollout("", completion, "", {}))
+        scorer.drain()
+        assert scorer.failures == failures
 
 
 def test_a_length_needs_tokens() -> None:
@@ -111,8 +143,8 @@ def test_a_length_needs_tokens() -> None:
 
 def test_a_part_without_a_verdict_counts_nothing(mine: Path) -> None:
     parts = [part(mine, "sometimes"), part(mine, "right")]
-    assert scores(parts, "skip")[0] == Score(0.0, {"right": 0.0})
-    assert scores(parts[:1], "skip")[0] == Score(None)
+    assert scores(parts, "skip")[0] == Score(0.0, {"right": 0.0}, missing=("sometimes",))
+    assert scores(parts[:1], "skip")[0] == Score(None, missing=("sometimes",))
 
 
 def test_a_part_with_an_error_leaves_no_score(mine: Path) -> None:

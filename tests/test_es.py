@@ -200,7 +200,7 @@ def test_a_member_without_a_score_takes_its_mirror_image_with_it() -> None:
     np.testing.assert_allclose(found.direction, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     assert found.record["rewards"][4] == [None, None]
     assert None not in found.record["rewards"][5]
-    assert found.record["failures"] == {"no score": 2}
+    assert found.record["failures"] == {"mine": {"no score": 2}}
 
 
 @pytest.mark.parametrize("lost", [4, 5])
@@ -213,7 +213,7 @@ def test_a_verifier_that_fails_most_rollouts_ends_the_run(lost: int) -> None:
     if lost == 4:
         estimate(method(population=4, prompts=2), runner, center, 0, 0.1)
         return
-    with pytest.raises(ValueError, match=r"^task: 5 of 8 rollouts .* \(timeout 5\); one error: it hung$"):
+    with pytest.raises(ValueError, match=r"^task: 5 of 8 rollouts .* \(mine: timeout 5\); one error: it hung$"):
         estimate(method(population=4, prompts=2), runner, center, 0, 0.1)
 
 
@@ -261,7 +261,7 @@ def test_the_record_tells_the_generation() -> None:
         "prompt_tokens": 6 * (1 + 2),
         "truncated": 2,
         "looped": 4,
-        "failures": {"no score": 0},
+        "failures": {"mine": {"no score": 0}},
         "workers": [0, 0],
     }
     assert {key: found.record[key] for key in expected} == expected

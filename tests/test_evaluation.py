@@ -102,7 +102,7 @@ def test_rollouts_without_a_score_count_as_wrong_but_not_as_a_reward() -> None:
     assert summary["reward"] == pytest.approx((1 + 0.25 + 1) / 3)
     assert summary["accuracy"] == pytest.approx(3 / 8)
     assert summary["pass_at_k"] == pytest.approx({"1": 3 / 8, "2": 2 / 4})
-    assert summary["failures"] == {"no score": 3}
+    assert summary["failures"] == {"mine": {"no score": 3}}
     assert [row["reward"] for row in evaluation.samples] == [1, None, None, None, 0, 0.5, 1, 1]
     json.dumps([summary, evaluation.samples], allow_nan=False)
 

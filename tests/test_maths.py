@@ -455,6 +455,6 @@ def test_an_answer_that_takes_too_long_costs_its_rollout_only() -> None:
         scorer.submit("slow", Rollout("", slow_text, "\\tan(x)^{11}+x^{7}", {}))
         scorer.submit("next", Rollout("", "\\boxed{7}", "7", {}))
         scores = scorer.drain()
-        assert scorer.failures == {"timeout": 1}
+        assert scorer.failures == {("math", "timeout"): 1}
     assert scores["slow"].value is None
     assert scores["next"].accuracy == 1

@@ -65,7 +65,7 @@ def test_a_completion_that_hangs_the_verifier_is_a_line_with_an_error(tmp_path: 
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["score"] for row in rows] == [1.0, None, 1.0]
     assert "took longer than 0.5 s" in rows[1]["error"]
-    assert summary["failures"] == {"timeout": 1}
+    assert summary["failures"] == {f"{tmp_path / 'mine.py'}:slow": {"timeout": 1}}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ EVALUATION: dict[str, Any] = {
         accuracy=0.21875,
         accuracy_ci95=None,
         pass_at_k={"1": 0.21875, "4": 0.5},
-        failures={"timeout": 0, "error": 2},
+        failures={"mine": {"timeout": 0, "exception": 2}},
     ),
     "theta": "a fingerprint",
     "components": {"format": 1.0},
@@ -59,7 +59,7 @@ def generation(step: int = 2, **changes: Any) -> dict[str, Any]:
         lr=0.5,
         theta_rms=0.011,
         constant_members=1,
-        failures={"timeout": 3, "error": 0},
+        failures={"mine.py:right": {"timeout": 3, "exception": 0}, "length": {"no score": 1}},
         worker_restarts=0,
         eta_seconds=970.2,
     )
@@ -80,8 +80,8 @@ def test_plain_console_is_one_line_each() -> None:
     assert out.getvalue().splitlines() == [
         "two [workers] are ready",
         "generation 3/100: reward 0.3125, best 0.5000, spread 0.0412, accuracy 0.1850, tokens/s 1200, "
-        "rollouts 93% of time, timeout failures 3, ETA 0:16:10",
-        "evaluation at 10: reward 0.3900 (95% 0.3500 to 0.4300), accuracy 0.2188, pass@4 0.5000, error failures 2",
+        "rollouts 93% of time, length no score 1, mine.py:right timeout 3, ETA 0:16:10",
+        "evaluation at 10: reward 0.3900 (95% 0.3500 to 0.4300), accuracy 0.2188, pass@4 0.5000, mine exception 2",
         "generation 4: reward none, best none, spread none, accuracy none, tokens/s 1200, rollouts 93% of time, "
         "worker restarts 1",
     ]
@@ -158,10 +158,10 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
     assert found["reward/accuracy"] == [(1, pytest.approx(0.185))]
     assert found["throughput/tokens_per_second"] == [(1, 1200.0), (2, 1200.0), (3, 1200.0)]
     assert found["components/format"] == [(1, pytest.approx(0.1125)), (2, pytest.approx(0.1125))]
-    assert found["failures/timeout"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
+    assert found["failures/mine.py:right/timeout"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
     assert found["evaluation/accuracy"] == [(0, 0.21875)]
     assert found["evaluation/pass_at_k/4"] == [(0, 0.5)]
-    assert all(tag.count("/") == 1 for tag in found if not tag.startswith("evaluation/"))
+    assert all(tag.count("/") == 1 for tag in found if not tag.startswith(("evaluation/", "failures/")))
 
 
 def test_tensorboard_resume_hides_what_is_done_again(tmp_path: Path) -> None:
@@ -198,7 +198,9 @@ def test_prometheus_is_scraped_and_lets_go_of_its_port() -> None:
     assert found["reward_mean"] == 0.5
     assert math.isnan(found["accuracy"])
     assert (found["rollouts_total"], found["tokens_total"]) == (512, 24000)
-    assert (found["verifier_failures_total/timeout"], found["verifier_failures_total/error"]) == (6, 0)
+    assert found["verifier_failures_total/timeout/mine.py:right"] == 6
+    assert found["verifier_failures_total/exception/mine.py:right"] == 0
+    assert found["verifier_failures_total/no score/length"] == 2
     assert found["worker_restarts_total"] == 2
     assert found["reward_component/exact"] == 0.2
     assert found["evaluation/accuracy"] == 0.21875

@@ -6,6 +6,7 @@ Shapes: k members of the chunk, P problems a member, n samples a problem.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,8 @@ from workers.engine import Completion, Member, Sampling, pairs_of
 Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-
-NO_SCORE = "no score"
-"""Among a chunk's `failures`, the rollouts that the verifier itself gave no score: those are not its failures."""
+Failures = Mapping[tuple[str, str], int]
+"""Rollouts by the verifier that left them without a score, and by kind of failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ class ChunkResult:
     """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN.
 
     `truncated` counts the rollouts that max_tokens (or, in a game, the context) cut short, `looped` those that
-    max_repeats did. `failures` counts the rollouts without a score by kind, and `error` is what was said of one of
-    them. `transcripts` are by member, problem and sample, None where the chunk does not keep them.
+    max_repeats did. `error` is what was said of one of the rollouts in `failures`. `transcripts` are by member, problem
+    and sample, None where the chunk does not keep them.
     """
 
     rewards: Scores
@@ -109,7 +109,7 @@ class ChunkResult:
     truncated: int
     looped: int
     prompt_tokens: int
-    failures: dict[str, int]
+    failures: Failures
     error: str | None
     transcripts: list[list[list[Transcript]]] | None
     seconds: dict[str, float]
@@ -162,6 +162,14 @@ def collect(chunk: Chunk, found: Outcomes) -> ChunkResult:
         else None,
         seconds={},
     )
+
+
+def by_verifier(failures: Failures) -> dict[str, dict[str, int]]:
+    """Counts of failures as JSON can write them: by verifier, then by kind."""
+    table: dict[str, dict[str, int]] = {}
+    for (verifier, kind), count in sorted(failures.items()):
+        table.setdefault(verifier, {})[kind] = count
+    return table
 
 
 def sampling_seed(run_seed: int, generation: int, problem_id: str) -> int:

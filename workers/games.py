@@ -134,7 +134,7 @@ def _go_on(game: Game, completion: str, score: Score, scorer: Scorer, prepare: P
         try:
             game.trajectory = after(game.trajectory, completion, turn_of(score))
         except ValueError as error:  # what a model wrote may have got the better of the environment's process
-            scorer.failures["invalid value"] += 1
+            scorer.failures["turn", "invalid value"] += 1
             score = Score(None, error=str(error))
     if score.value is None:
         game.trajectory, game.score = broken_off(game.trajectory, completion), score

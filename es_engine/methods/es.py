@@ -24,7 +24,8 @@ import numpy.typing as npt
 from es_engine.config.method import EsMethodConfig
 from es_engine.methods import population as populations
 from es_engine.methods import shaping
-from workers.chunks import NO_SCORE, Chunk, ChunkResult, Problem
+from rewards.base import NO_SCORE
+from workers.chunks import Chunk, ChunkResult, Problem, by_verifier
 from workers.engine import Member, Sampling, Vector
 from workers.pool import Call
 
@@ -186,13 +187,10 @@ def evaluate(
 
 
 def _check_scored(results: Sequence[ChunkResult]) -> None:
-    failures: Counter[str] = Counter()
-    for result in results:
-        failures.update(result.failures)
-    del failures[NO_SCORE]
+    failures = Counter({failure: count for failure, count in _failures(results).items() if failure[1] != NO_SCORE})
     rollouts = sum(result.rewards.size for result in results)
     if failures.total() > MOST_FAILURES * rollouts:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
+        kinds = ", ".join(f"{verifier}: {kind} {count}" for (verifier, kind), count in failures.most_common())
         error = next((result.error for result in results if result.error is not None), "none was given")
         raise ValueError(
             f"task: {failures.total()} of {rollouts} rollouts could not be scored ({kinds}); one error: {error}"
@@ -220,9 +218,6 @@ def _record(
 ) -> dict[str, Any]:
     """What the ledger keeps of a generation: everything that a replay or a reader needs, as plain JSON data."""
     rewards = np.concatenate([mean_of_samples(result.rewards) for result in results])
-    failures: Counter[str] = Counter()
-    for result in results:
-        failures.update(result.failures)
     values = shaping.fitness(rewards)
     return {
         "sigma": sigma,
@@ -239,7 +234,7 @@ def _record(
         "prompt_tokens": sum(result.prompt_tokens for result in results),
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
-        "failures": dict(sorted(failures.items())),
+        "failures": failures_by_verifier(results),
         "times": _phase_times(results),
     }
 
@@ -252,6 +247,18 @@ def _phase_times(results: Sequence[ChunkResult]) -> dict[str, float]:
 def mean_of_samples(values: Array) -> Array:
     """Means (k, P) over the scored samples of values (k, P, n); NaN where none is scored."""
     return shaping.fitness(values.reshape(-1, values.shape[-1])).reshape(values.shape[:-1])
+
+
+def failures_by_verifier(results: Sequence[ChunkResult]) -> dict[str, dict[str, int]]:
+    """The rollouts without a score, by verifier or part of a sum, then by kind."""
+    return by_verifier(_failures(results))
+
+
+def _failures(results: Sequence[ChunkResult]) -> Counter[tuple[str, str]]:
+    failures: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        failures.update(result.failures)
+    return failures
 
 
 def mean_components(results: Sequence[ChunkResult]) -> dict[str, float | None]:

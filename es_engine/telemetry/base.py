@@ -32,7 +32,7 @@ class GenerationLine(TypedDict):
     lr: float
     theta_rms: float
     constant_members: int  # members whose rewards were all equal
-    failures: Mapping[str, int]  # verifier failures by kind
+    failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
     worker_restarts: int  # since this process started
     eta_seconds: float | None
 
@@ -46,7 +46,7 @@ class EvaluationLine(TypedDict):
     accuracy: float | None  # mean, 0 to 1
     accuracy_ci95: Sequence[float] | None
     pass_at_k: Mapping[str, float]  # by k
-    failures: Mapping[str, int]  # verifier failures by kind
+    failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
 
 
 class Telemetry(Protocol):

@@ -103,7 +103,13 @@ def figures(line: Line) -> list[tuple[str, str]]:
 
 
 def _failures(line: Line) -> list[tuple[str, str]]:
-    return [(f"{kind} failures", str(count)) for kind, count in sorted(line["failures"].items()) if count]
+    """How many rollouts each verifier left without a score, by kind: `brief timeout 3`."""
+    return [
+        (f"{verifier} {kind}", str(count))
+        for verifier, kinds in sorted(line["failures"].items())
+        for kind, count in sorted(kinds.items())
+        if count
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -43,7 +43,9 @@ class PrometheusTelemetry:
         self._restarts_told = 0
         self._step = _gauge("step", "Generations done.", registry)
         self._components = _gauge("reward_component", "Mean of a part of the reward.", registry, "component")
-        self._failures = _counter("verifier_failures", "Rollouts that a verifier failed.", registry, "kind")
+        self._failures = _counter(
+            "verifier_failures", "Rollouts that a verifier left without a score.", registry, "verifier", "kind"
+        )
         self._evaluation = _gauge("evaluation", "Figures of the last held-out evaluation.", registry, "figure")
         try:
             self._server, self._thread = start_http_server(port, HOST, registry)
@@ -66,8 +68,9 @@ class PrometheusTelemetry:
         self._restarts_told = line["worker_restarts"]
         for component, value in line["components"].items():
             self._components.labels(component).set(_figure(value))
-        for kind, count in line["failures"].items():
-            self._failures.labels(kind).inc(count)
+        for verifier, kinds in line["failures"].items():
+            for kind, count in kinds.items():
+                self._failures.labels(verifier, kind).inc(count)
 
     def evaluation(self, line: Line) -> None:
         for figure, value in numbers(line):
