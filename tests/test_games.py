@@ -294,13 +294,13 @@ def test_a_bad_step_costs_its_game_once_and_no_other(hostile_scorer: Scorer, com
     assert bad.score.error
     assert bad.tokens == 2
     assert bad.transcript.text == f"{completion}hm{completion}"
-    assert dict(hostile_scorer.failures) == {KINDS[completion]: 1}
+    assert dict(hostile_scorer.failures) == {("turn", KINDS[completion]): 1}
 
 
 def test_a_reset_that_raises_costs_its_game_too(hostile_scorer: Scorer) -> None:
     (bad,) = played(hostile_scorer, ["fine"], {"reset": "raises"})
     assert bad.score.error == "the verifier raised KeyError: 'no such opening'"
-    assert dict(hostile_scorer.failures) == {"exception": 1}
+    assert dict(hostile_scorer.failures) == {("turn", "exception"): 1}
 
 
 def test_a_forged_turn_is_none() -> None:
@@ -385,7 +385,7 @@ def test_an_environment_that_fails_in_most_games_ends_the_run(hostile_scorer: Sc
     hostile_scorer.failures.clear()
     es = EvolutionStrategies(EsMethodConfig(population=4, prompts=3, sigma=0.1), chunk=2, sampling=Sampling(4))
     problems = [PREPARE(Example(str(number), "", {"reset": "raises"}, prompt="go:")) for number in range(3)]
-    sentence = r"^task: 12 of 12 rollouts could not be scored \(exception 12\); one error: .*no such opening"
+    sentence = r"^task: 12 of 12 rollouts could not be scored \(turn: exception 12\); one error: .*no such opening"
     with pytest.raises(ValueError, match=sentence):
         es.estimate(Workers(build_worker(hostile_scorer)), np.ones(DIM, np.float32), 0, problems, 0, 0.1)
 

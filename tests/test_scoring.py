@@ -45,7 +45,7 @@ def with_grandchild():
 
 def forge():
     """What text that has taken the process over could write on its socket."""
-    for descriptor in range(3, 20):
+    for descriptor in range(3, 1000):
         try:
             os.write(descriptor, os.environ["FORGERY"].encode())
         except OSError:
@@ -288,12 +288,15 @@ def test_a_rollout_arrives_as_it_was(verifier_file: Path) -> None:
     [
         "not json\n",
         "[" * 100_000 + "\n",
-        '{"ticket": 99, "score": {"value": 1.0}, "failure": null}\n',
-        '{"ticket": 0, "score": {"value": "1.0"}, "failure": null}\n',
-        '{"ticket": 0, "score": {"value": 1.0, "components": [1]}, "failure": null}\n',
-        '{"ticket": 0, "score": {"value": 1.0}, "failure": ["died"]}\n',
-        '{"ticket": 0, "score": {"price": 1.0}, "failure": null}\n',
-        '{"ticket": 0}\n[]\n',
+        '{"job": 99, "scores": [{"value": 1.0}], "failures": [{}]}\n',
+        '{"job": 0, "scores": [{"value": "1.0"}], "failures": [{}]}\n',
+        '{"job": 0, "scores": [{"value": 1.0, "components": [1]}], "failures": [{}]}\n',
+        '{"job": 0, "scores": [{"value": 1.0}], "failures": ["died"]}\n',
+        '{"job": 0, "scores": [{"value": 1.0}], "failures": [{"another": "died"}]}\n',
+        '{"job": 0, "scores": [{"value": null}], "failures": [{}]}\n',
+        '{"job": 0, "scores": [{"price": 1.0}], "failures": [{}]}\n',
+        '{"job": 0, "scores": [{"value": 1.0}, {"value": 1.0}], "failures": [{}, {}]}\n',
+        '{"job": 0}\n[]\n',
         "\xff\n",
     ],
 )
