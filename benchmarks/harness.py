@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -132,8 +133,9 @@ def draw_bars(file: Path, title: str, y: str, groups: Mapping[str, Mapping[str, 
         for place, (group, bars) in enumerate(groups.items()):
             width = 0.8 / len(groups)
             starts = [name + width * (place - (len(groups) - 1) / 2) for name in range(len(bars))]
-            axes.bar_label(axes.bar(starts, list(bars.values()), width, label=group), fmt="%.3g")
-            axes.set_xticks(range(len(bars)), list(bars))
+            axes.bar_label(axes.bar(starts, list(bars.values()), width, label=group), fmt=_text)
+            axes.set_xticks(range(len(bars)), [fill(name, 12, break_long_words=False) for name in bars])
+            axes.tick_params(axis="x", labelsize="x-small")
 
 
 def draw(
@@ -161,7 +163,8 @@ def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Any]:
     yield axes
     axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
