@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from rewards.base import Example, Message, Split, VerifierSpec
-from rewards.problems import FiledProblems, Row, digest, read_source
+from rewards.problems import FiledProblems, Row, as_messages, digest, read_source
 from rewards.reward_model import Device, local_folder
 
 Template = Literal["chat", "plain"]
 
-ROLES = ("system", "user", "assistant")
 COLUMNS = ("prompt", "messages")
 """Where a row's prompt is, the first of these that it has, unless `fields` says otherwise."""
 
@@ -130,13 +129,8 @@ def _chat(given: Any) -> tuple[Message, ...] | None:
     """The messages of a prompt, or None for what is no prompt."""
     if isinstance(given, str):
         return ({"role": "user", "content": given},) if given.strip() else None
-    if not isinstance(given, list) or not given or not all(map(_is_message, given)) or given[-1]["role"] != "user":
-        return None
-    return tuple({"role": message["role"], "content": message["content"]} for message in given)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+    chat = as_messages(given)
+    return chat if chat is not None and chat[-1]["role"] == "user" else None
 
 
 def _check(template: str, system: str | None, fields: Mapping[str, str | None] | None) -> None:

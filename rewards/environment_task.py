@@ -9,7 +9,7 @@ from typing import Any
 
 from rewards.base import Example, Split
 from rewards.environments import EnvironmentSpec, Policy, recital
-from rewards.problems import FiledProblems, Row, digest, read_records
+from rewards.problems import FiledProblems, Row, as_messages, digest, read_records
 
 
 class EnvironmentTask:
@@ -80,15 +80,12 @@ def problem_key(row: Row) -> str:
 def _checked(record: Any, place: str) -> Row:
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise ValueError(f"{place} is not an object with either `prompt` or `messages`")
-    messages, worked = record.get("messages", [{"role": "user", "content": "a prompt"}]), record.get("worked", [])
+    worked = record.get("worked", [])
     if not isinstance(record.get("prompt", ""), str):
         raise ValueError(f"{place}: `prompt` is {record['prompt']!r:.60}; accepted is text")
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise ValueError(f"{place}: `messages` is {messages!r:.60}; accepted is a list of objects of role and content")
+    if "messages" in record and as_messages(record["messages"]) is None:
+        given = record["messages"]
+        raise ValueError(f"{place}: `messages` is {given!r:.60}; accepted is a list of objects of role and content")
     if not (isinstance(worked, list) and all(isinstance(text, str) for text in worked)):
         raise ValueError(f"{place}: `worked` is {worked!r:.60}; accepted is a list of texts")
     return record
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

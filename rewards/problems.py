@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rewards.base import Split
+from rewards.base import Message, Split
 
 Row = dict[str, Any]
 Key = Callable[[Row], str]
@@ -26,6 +26,7 @@ HELDOUT_SHARE = 0.3
 MAX_DRAWS = 20_000
 """Draws before a generator says that its settings allow no problem."""
 HUB = "hub:"
+ROLES = ("system", "user", "assistant")
 _HUB_NAME = re.compile(r"hub:(?P<name>[^@]+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 _BLOCK = 1024  # held-out problems among which none is repeated, while there are enough
 _FRESH_TRIES = 64  # draws of a held-out problem before a repeat is accepted
@@ -211,6 +212,18 @@ def lines_of(text: str, path: Path, field: str) -> list[tuple[str, str]]:
     """The lines of a file's text that are not blank, each with its place for error messages."""
     lines = [(f"{field}: {path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
     return [(place, line) for place, line in lines if line.strip()]
+
+
+def as_messages(given: Any) -> tuple[Message, ...] | None:
+    """The messages of a chat, a list of objects of role and content, without what else they have; None for what is no
+    chat of one message or more."""
+    if not isinstance(given, list) or not given or not all(map(_is_message, given)):
+        return None
+    return tuple({"role": message["role"], "content": message["content"]} for message in given)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
 
 
 def digest(*key: object) -> bytes:
