@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from es_engine.config import ChatTaskConfig, load_config
 from rewards.chat import read_rows
@@ -35,26 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> str:
+def es_engine(command: str, folder: Path) -> str:
+    """What a command line of the page prints."""
     program, *arguments = command.split()
     assert program == "es-engine"
-    environment = {**os.environ, "ES_ENGINE_CACHE": str(folder / "cache")}
-    done = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run([Path(sys.executable).with_name(program), *arguments], folder)
 
 
 def test_the_command_that_shows_games(folder: Path) -> None:
     (command,) = (line for _, text in blocks("sh") for line in text.splitlines() if line.startswith("es-engine tasks"))
-    printed = run(command, folder)
+    printed = es_engine(command, folder)
     assert r"right: '145\n1 right.\n123\n3 right.'" in printed
     assert r"wrong: '999\n0 right.\n999\n0 right.\n999\n0 right.\n999\n0 right.'" in printed
     assert printed.count("reward 1.000, accuracy 1.000; digits 0.500, open 0.500") == 5
@@ -64,7 +53,7 @@ def test_commands_that_score(folder: Path) -> None:
     commands = [line for _, text in blocks("sh") for line in text.splitlines() if line.startswith("es-engine score")]
     assert len(commands) == 3
     for command in commands:
-        run(command, folder)
+        es_engine(command, folder)
     scored, parts, ranked = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("scored", "parts", "ranked")
@@ -86,6 +75,6 @@ def test_the_config_with_a_reward_model(folder: Path) -> None:
 @pytest.mark.ray
 def test_the_command_that_trains(folder: Path) -> None:
     (command,) = (line for _, text in blocks("sh") for line in text.splitlines() if line.startswith("es-engine train"))
-    run(f"{command} {SHORT}", folder)
+    es_engine(f"{command} {SHORT}", folder)
     lines = [json.loads(line) for line in (folder / "runs/brief/ledger.jsonl").read_text().splitlines()]
     assert set(lines[-1]["components"]) == {"used", "length"}
