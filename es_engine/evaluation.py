@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.methods.es import CallRunner, evaluate, failures_by_verifier, mean_components, mean_of_samples
+from es_engine.methods.es import (
+    CallRunner,
+    evaluate,
+    failures_by_verifier,
+    mean_components,
+    mean_of_samples,
+    total_costs,
+)
 from workers.chunks import Chunk, ChunkResult, Problem, Transcript
 from workers.engine import CENTER, Sampling
 
@@ -88,6 +95,7 @@ def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) ->
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
         "failures": failures_by_verifier(results),
+        "costs": total_costs(results).to_json(),
         "times": {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds},
     }
     return summary | _accuracy_summary(accuracy)

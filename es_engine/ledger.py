@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.costs import Costs
+
 Line = dict[str, Any]
 
 WHERE_AND_WHEN = frozenset({"times", "workers", "restarts"})
-"""Keys that tell two ledgers of the same run apart without making them different."""
+"""Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
 
 class Ledger:
@@ -69,6 +72,11 @@ class Ledger:
         return self.lines[0]
 
 
+def running_costs(generations: Iterable[Line]) -> list[Costs]:
+    """What a run had spent before its first step and after each: entry k is the sum over the first k lines."""
+    return list(accumulate((Costs.from_json(line["costs"]) for line in generations), initial=Costs()))
+
+
 def fingerprint(theta: npt.NDArray[np.float32]) -> str:
     """A hash of theta's exact bits."""
     return hashlib.blake2b(np.ascontiguousarray(theta).tobytes(), digest_size=16).hexdigest()
@@ -106,7 +114,14 @@ def _comparable(path: Path) -> list[Line]:
     if not path.is_file():
         raise ValueError(f"{path}: no such ledger")
     lines, _ = _read(path)
-    return [{key: value for key, value in line.items() if key not in WHERE_AND_WHEN} for line in lines]
+    return [_without_where_and_when(line) for line in lines]
+
+
+def _without_where_and_when(line: Line) -> Line:
+    kept = {key: value for key, value in line.items() if key not in WHERE_AND_WHEN}
+    if "costs" in kept:
+        kept["costs"] = {measure: value for measure, value in kept["costs"].items() if measure != "worker_seconds"}
+    return kept
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

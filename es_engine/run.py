@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import Config, LoraSpaceConfig
+from es_engine.costs import Costs, Measure
 from es_engine.evaluation import Evaluation, evaluate_center
-from es_engine.ledger import Line
+from es_engine.ledger import Line, running_costs
 from es_engine.run_folder import RunFolder
 from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
@@ -36,6 +37,26 @@ class Run:
     def evaluations(self) -> list[Line]:
         """The run's held-out evaluations, in the order of their steps."""
         return self.folder.open_evaluations().lines
+
+    @property
+    def costs(self) -> list[Costs]:
+        """What the run had spent after k steps, evaluations apart: entry k, from nothing at entry 0."""
+        return running_costs(self.ledger)
+
+    def curve(self, figure: str = "reward", over: Measure = "generated") -> list[tuple[float, float]]:
+        """A number of the held-out evaluations, such as `accuracy`, over what the run had spent by then.
+
+        Evaluations without that number are left out. Raises ValueError where none has it.
+        """
+        spent = self.costs
+        points = [
+            (getattr(spent[line["step"]], over), line[figure])
+            for line in self.evaluations
+            if line.get(figure) is not None
+        ]
+        if not points:
+            raise ValueError(f"{self.path}: no evaluation has a figure {figure!r}")
+        return points
 
     @property
     def adapter(self) -> Path:

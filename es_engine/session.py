@@ -16,7 +16,7 @@ from rewards.base import Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
 from workers.engine import Sampling
-from workers.models import fingerprint, linear_matrices
+from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
 from workers.prompts import load_preparer
 from workers.scoring import open_scorer
@@ -99,6 +99,7 @@ class Session:
             self.materials.model_fingerprint,
             tuple(problem.prompt_ids for problem in canary),
             slots=self.materials.method.chunk,
+            parameters=multiplying_parameters(self.materials.model),
         )
         self.pool = Pool(setup, notify)
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from es_engine.config import Config
+from es_engine.costs import Costs
 from es_engine.evaluation import evaluate_center
-from es_engine.ledger import Ledger, Line, fingerprint
+from es_engine.ledger import Ledger, Line, fingerprint, running_costs
 from es_engine.methods.calibration import calibrate
 from es_engine.methods.es import Estimate
 from es_engine.optimizers import TorchOptimizer, build_optimizer
@@ -34,12 +35,12 @@ REPLAY_CACHE_BYTES = 1
 
 @dataclass(slots=True)
 class State:
-    """Where a run is: `step` steps are done and led to theta."""
+    """Where a run is: `step` steps are done, led to theta and had these costs together."""
 
     step: int
     theta: Vector
     optimizer: TorchOptimizer
-    tokens: int
+    costs: Costs
 
 
 def train(config: Config, run_dir: Path | str | None = None) -> Run:
@@ -140,6 +141,7 @@ def _generation(session: Session, ledger: Ledger, state: State, sigma: float, te
         "kind": "generation",
         "step": step,
         **estimate.record,
+        "costs": estimate.costs.to_json(),
         "lr": lr,
         "moved": estimate.direction is not None,
         "theta": fingerprint(state.theta),
@@ -154,14 +156,14 @@ def _advance(state: State, estimate: Estimate, lr: float) -> None:
     if estimate.direction is not None:
         state.theta = state.optimizer.step(state.theta, estimate.direction, lr)
     state.step += 1
-    state.tokens += estimate.record["tokens"]
+    state.costs += estimate.costs
 
 
 def _redo(materials: Materials, state: State, line: Line) -> None:
     """Take a recorded step again. Raises ValueError if it does not lead where it led."""
     perturber = Perturber(materials.config.seed, materials.space.dim, REPLAY_CACHE_BYTES)
     direction = materials.method.replay(line, perturber.noise_sum)
-    _advance(state, Estimate(direction, line), line["lr"])
+    _advance(state, Estimate(direction, line, Costs.from_json(line["costs"])), line["lr"])
     if fingerprint(state.theta) != line["theta"]:
         raise ValueError(
             f"ledger: step {line['step']} replayed gives another theta than was recorded; "
@@ -171,7 +173,7 @@ def _redo(materials: Materials, state: State, line: Line) -> None:
 
 def _beginning(materials: Materials) -> State:
     theta = materials.space.start()
-    return State(0, theta, build_optimizer(materials.config.optimizer, theta), 0)
+    return State(0, theta, build_optimizer(materials.config.optimizer, theta), Costs())
 
 
 def _from_checkpoint(materials: Materials, folder: RunFolder, lines: list[Line]) -> State | None:
@@ -184,7 +186,7 @@ def _from_checkpoint(materials: Materials, folder: RunFolder, lines: list[Line])
         return None
     optimizer = build_optimizer(materials.config.optimizer, materials.space.start())
     optimizer.load_state({name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()})
-    return State(step, theta, optimizer, sum(line["tokens"] for line in lines[:step]))
+    return State(step, theta, optimizer, running_costs(lines[:step])[-1])
 
 
 def _checkpoint(folder: RunFolder, state: State) -> None:
@@ -283,13 +285,7 @@ def _spent(config: Config, state: State) -> bool:
 
 
 def _progress(config: Config, state: State) -> float:
-    """The part of the budget that is spent, at most 1."""
-    parts = []
-    if config.budget.generations is not None:
-        parts.append(state.step / config.budget.generations)
-    if config.budget.tokens is not None:
-        parts.append(state.tokens / config.budget.tokens)
-    return min(1.0, max(parts))
+    return config.budget.progress(state.step, state.costs)
 
 
 def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
@@ -303,7 +299,7 @@ def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) ->
         **{key: line[key] for key in ("tokens", "sigma", "lr", "failures")},
         "generations": config.budget.generations,
         "rollouts": rewards.size * config.method.samples,
-        "tokens_total": state.tokens,
+        "spent": state.costs.to_json(),
         "seconds": line["times"]["total"],
         "seconds_rollouts": line["times"]["rollouts"],
         "seconds_update": line["times"]["update"],

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from es_engine.costs import Costs, costs_of
 from rewards.base import NO_SCORE, Example
-from workers.chunks import Chunk, ChunkResult, Problem, Transcript
+from workers.chunks import Chunk, ChunkResult, Problem, Transcript, WeightedNoise
 from workers.engine import Vector
 from workers.perturbation import Perturber
 from workers.pool import Call
+
+PARAMETERS = 1000
+"""Of the model that there is none of."""
 
 Reward = Callable[[Vector, Problem, int], float]
 """(theta, problem, number of the sample) to a reward; NaN is no score."""
@@ -37,6 +41,8 @@ class FunctionWorker:
             ]
         )
         problems = [[batch[place] for place in places] for places in chunk.problems]
+        prompt_tokens = sum(len(problem.prompt_ids) for row in problems for problem in row)
+        generated = 3 * rewards.size
         return ChunkResult(
             rewards=rewards,
             accuracy=np.where(np.isnan(rewards), np.nan, rewards >= 1),
@@ -44,7 +50,7 @@ class FunctionWorker:
             tokens=np.full(rewards.shape, 3),
             truncated=1,
             looped=2,
-            prompt_tokens=sum(len(problem.prompt_ids) for row in problems for problem in row),
+            prompt_tokens=prompt_tokens,
             failures={("mine", self.failure): int(np.isnan(rewards).sum())},
             error=None if self.failure == NO_SCORE else "it hung",
             transcripts=[
@@ -57,11 +63,12 @@ class FunctionWorker:
             if chunk.keep_text
             else None,
             seconds={"generate": 0.5},
+            costs=costs_of(PARAMETERS, prompt_tokens + generated, generated=generated, seconds=0.5),
             worker=self.index,
         )
 
-    def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        return self.perturber.noise_sum(generation, pairs, weights)
+    def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> WeightedNoise:
+        return WeightedNoise(self.perturber.noise_sum(generation, pairs, weights), Costs(worker_seconds=0.25))
 
     def _rewards_of(
         self, theta: Vector, chunk: Chunk, batch: Sequence[Problem], places: Sequence[int]

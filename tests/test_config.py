@@ -173,7 +173,9 @@ SENTENCES = {
     "task.weights=1": "task.weights: got 1, accepted is null or a mapping of format, numbers, solved",
     "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto",
     "pool.address=head": 'pool.address: got "head", accepted is null, auto, host:port or ray://host:port',
-    "budget.generations=null": "budget.generations: got null, accepted is an integer >= 1 while tokens is null too",
+    "budget.generations=null": "budget.generations: got null, accepted is an integer >= 1 while all other "
+    "limits are null too",
+    "budget={flops: 0}": "budget.flops: got 0, accepted is null or a number > 0",
     "name=../x": 'name: got "../x", accepted is text that matches ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$',
     "seed=-1": "seed: got -1, accepted is an integer >= 0 and <= 9223372036854775807",
     "seed=9223372036854775808": "seed: got 9223372036854775808, accepted is an integer >= 0 and <= 9223372036854775807",
@@ -228,7 +230,10 @@ POSSIBLE = (
     ["pool.tensor_parallel=2"],
     ["space.rank=1000", "engine.kind=hf"],
     ["engine.max_model_len=65", "task.max_tokens=64"],
-    ["budget.generations=null", "budget.tokens=1"],
+    *(
+        ["budget.generations=null", f"budget.{limit}"]
+        for limit in ("tokens=1", "processed_tokens=1", "flops=1e18", "worker_seconds=0.5")
+    ),
     ["evaluation.samples=4", "evaluation.temperature=1"],
     ["pool.address=auto"],
     ["pool.address=10.0.0.1:6379"],
@@ -471,6 +476,7 @@ def test_names_that_people_rely_on() -> None:
     relied_on = (
         "model.source space.rank space.alpha space.train space.targets method.population method.sigma method.shaping "
         "optimizer.lr task.kind engine.kind engine.dtype pool.workers pool.address budget.generations budget.tokens "
+        "budget.processed_tokens budget.flops budget.worker_seconds "
         "evaluation.every seed"
     )
     assert set(relied_on.split()) <= names
@@ -541,7 +547,9 @@ configs = st.fixed_dictionaries(
         "model": models,
         "optimizer": sgd | adamw,
         "task": tasks,
-        "budget": st.fixed_dictionaries({"generations": counts}, optional={"tokens": st.none() | counts}),
+        "budget": st.fixed_dictionaries(
+            {"generations": counts}, optional={"tokens": st.none() | counts, "flops": st.none() | positive}
+        ),
     },
     optional={"seed": seeds, "space": spaces, "method": methods, "pool": pools, "engine": vllm | hf},
 )

@@ -16,6 +16,7 @@ PACKAGES = ("es_engine", "workers", "rewards")
 FLOORS = {
     "rewards": 0,
     "es_engine.noise": 1,
+    "es_engine.costs": 1,
     "es_engine.spaces": 1,
     "es_engine.losses": 1,
     "es_engine.optimizers": 1,

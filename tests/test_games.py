@@ -313,7 +313,7 @@ def test_a_forged_turn_is_none() -> None:
 
 
 def build_worker(scorer: Any, index: int = 0) -> Worker:
-    setup: Any = SimpleNamespace(config=SimpleNamespace(seed=RUN_SEED))
+    setup: Any = SimpleNamespace(config=SimpleNamespace(seed=RUN_SEED), adapted_parameters=100)
     worker = Worker(setup, index, None)
     worker._engine, worker._scorer, worker._prepare = ScriptedEngine(), scorer, PREPARE
     return worker

@@ -18,10 +18,18 @@ from hypothesis import strategies as st
 
 from es_engine.ledger import Ledger, Line, fingerprint, first_difference
 
+COSTS = {"generated": 3, "processed": 9, "flops": 18_000, "worker_seconds": 0.25}
 LINES: list[Line] = [
     {"kind": "run", "config": {"name": "étude\n", "seed": 1}, "theta": "ab"},
     {"kind": "calibration", "sigma": 0.3},
-    {"kind": "generation", "step": 0, "rewards": [[0.1, None], [1.0, 1 / 3]], "times": {"total": 1.5}, "workers": [0]},
+    {
+        "kind": "generation",
+        "step": 0,
+        "rewards": [[0.1, None], [1.0, 1 / 3]],
+        "costs": COSTS,
+        "times": {"total": 1.5},
+        "workers": [0],
+    },
     {"kind": "generation", "step": 1, "rewards": [[0.2, 0.0]], "times": {"total": 2.5}, "workers": [1], "restarts": 1},
 ]
 
@@ -176,6 +184,7 @@ def compare(tmp_path: Path, one: list[Line], other: list[Line]) -> str | None:
 
 def test_times_and_places_are_no_difference(tmp_path: Path) -> None:
     elsewhere = [{**line, "times": {"total": 99.0}, "workers": [7], "restarts": 3} for line in LINES]
+    elsewhere[2]["costs"] = {**COSTS, "worker_seconds": 99.0}
     assert compare(tmp_path, LINES, elsewhere) is None
 
 
@@ -185,6 +194,13 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
     assert found is not None
     assert found.startswith("line 3 (step 0): rewards is [[0.1, null], ")  # of another length: shown whole
     assert f"in {tmp_path / 'one'} and [[0.1, 0.0]] in {tmp_path / 'other'}" in found
+
+
+def test_other_costs_are_a_difference_but_for_the_seconds(tmp_path: Path) -> None:
+    other = [*LINES[:2], {**LINES[2], "costs": {**COSTS, "flops": 18_001, "worker_seconds": 99.0}}, LINES[3]]
+    found = compare(tmp_path, LINES, other)
+    assert found is not None
+    assert found.startswith("line 3 (step 0): costs.flops is 18000 in ")
 
 
 def test_a_difference_deep_in_a_line_is_named_by_its_place(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_simulated_worker_takes_any_rank_and_one_device() -> None:
 def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> None:
     config = build_config()
     space = LoraSpace([Matrix("layer", 8, 8, 1.0)], rank=4, alpha=8.0)
-    process = SimulatedWorkers(WorkerSetup(config, space, "", (), slots=2))
+    process = SimulatedWorkers(WorkerSetup(config, space, "", (), slots=2, parameters=100))
     for index in (0, 7):
         assert process.carry_out(index, "start")["index"] == index
     chunk = Chunk(1, 0, 0.3, PAIR, ((0, 1, 2), (0, 1, 2)), Sampling(16))
@@ -202,7 +202,7 @@ def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> Non
         assert result.seconds["slots"] + result.seconds["generate"] == pytest.approx(clock.now / 3)
     # The second worker has waited since the generation came to the process, the first one since its own last chunk.
     assert [result.seconds["waited"] for result in results] == pytest.approx([0.0, clock.now / 3, clock.now / 3])
-    assert process.carry_out(7, "noise_sum", 1, (3,), (1.0,)).shape == (space.dim,)
+    assert process.carry_out(7, "noise_sum", 1, (3,), (1.0,)).vector.shape == (space.dim,)
 
 
 def simulated_problem(example: Any) -> Any:
@@ -223,7 +223,7 @@ class CountingRunner(FunctionRunner):
     def run(self, calls: Sequence[Call]) -> list[Any]:
         results = super().run(calls)
         if calls[0].method == "noise_sum":
-            self.sums += [weakref.ref(result) for result in results]
+            self.sums += [weakref.ref(result.vector) for result in results]
             self.most = max(self.most, sum(reference() is not None for reference in self.sums))
         return results
 

@@ -51,7 +51,7 @@ def generation(step: int = 2, **changes: Any) -> dict[str, Any]:
         components={"exact": 0.2, "format": 0.1125},
         rollouts=256,
         tokens=12000,
-        tokens_total=36000,
+        spent={"generated": 36_000, "processed": 140_000, "flops": 2.5e12, "worker_seconds": 57.0},
         seconds=10.0,
         seconds_rollouts=9.3,
         seconds_update=0.2,
@@ -80,10 +80,11 @@ def test_plain_console_is_one_line_each() -> None:
     assert out.getvalue().splitlines() == [
         "two [workers] are ready",
         "generation 3/100: reward 0.3125, best 0.5000, spread 0.0412, accuracy 0.1850, tokens/s 1200, "
-        "rollouts 93% of time, length no score 1, mine.py:right timeout 3, ETA 0:16:10",
+        "rollouts 93% of time, processed 0.14M, TFLOPs 2.50, worker min 0.9, length no score 1, "
+        "mine.py:right timeout 3, ETA 0:16:10",
         "evaluation at 10: reward 0.3900 (95% 0.3500 to 0.4300), accuracy 0.2188, pass@4 0.5000, mine exception 2",
         "generation 4: reward none, best none, spread none, accuracy none, tokens/s 1200, rollouts 93% of time, "
-        "worker restarts 1",
+        "processed 0.14M, TFLOPs 2.50, worker min 0.9, worker restarts 1",
     ]
 
 
@@ -157,6 +158,7 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
     assert found["reward/mean"] == [(1, 0.3125), (2, 0.3125)]
     assert found["reward/accuracy"] == [(1, pytest.approx(0.185))]
     assert found["throughput/tokens_per_second"] == [(1, 1200.0), (2, 1200.0), (3, 1200.0)]
+    assert found["spent/processed"] == [(step, 140_000.0) for step in (1, 2, 3)]
     assert found["components/format"] == [(1, pytest.approx(0.1125)), (2, pytest.approx(0.1125))]
     assert found["failures/mine.py:right/timeout"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
     assert found["evaluation/accuracy"] == [(0, 0.21875)]
@@ -202,6 +204,7 @@ def test_prometheus_is_scraped_and_lets_go_of_its_port() -> None:
     assert found["verifier_failures_total/exception/mine.py:right"] == 0
     assert found["verifier_failures_total/no score/length"] == 2
     assert found["worker_restarts_total"] == 2
+    assert found["spent/flops"] == 2.5e12
     assert found["reward_component/exact"] == 0.2
     assert found["evaluation/accuracy"] == 0.21875
     again = PrometheusTelemetry(metrics.port)

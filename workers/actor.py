@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import Config, MultiTurnTaskConfig
+from es_engine.costs import Costs, costs_of
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Score
 from workers import games
@@ -21,6 +22,7 @@ from workers.chunks import (
     Outcomes,
     Problem,
     Transcript,
+    WeightedNoise,
     collect,
     rollout_of,
     sampling_seed,
@@ -37,13 +39,19 @@ CPU_KV_CACHE_GIB = 1.0
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
     """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
-    `slots` the most members in a chunk."""
+    `slots` the most members in a chunk, `parameters` those of the base model that multiply."""
 
     config: Config
     space: LoraSpace
     fingerprint: str
     canary: tuple[tuple[int, ...], ...]
     slots: int
+    parameters: int
+
+    @property
+    def adapted_parameters(self) -> int:
+        """The parameters that multiply in a model that wears an adapter."""
+        return self.parameters + self.space.adapter_parameters
 
 
 class Worker:
@@ -97,12 +105,21 @@ class Worker:
             "generate": scored - found.waited - written,
             "score": time.perf_counter() - scored + found.waited,
         }
+        generated = int(result.tokens.sum())
+        result.costs = costs_of(
+            self._setup.adapted_parameters,
+            result.prompt_tokens + generated,
+            generated=generated,
+            seconds=sum(result.seconds.values()),
+        )
         result.worker = self._index
         return result
 
-    def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
+    def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> WeightedNoise:
         """The sum of weight * eps(pair), shape (D,); good until the next call."""
-        return self._engine.noise_sum(generation, pairs, weights)
+        started = time.perf_counter()
+        vector = self._engine.noise_sum(generation, pairs, weights)
+        return WeightedNoise(vector, Costs(worker_seconds=time.perf_counter() - started))
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
         if self._prepare is None:

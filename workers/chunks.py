@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.costs import Costs
 from rewards.base import Example, Message, Rollout, Score
-from workers.engine import Completion, Member, Sampling, pairs_of
+from workers.engine import Completion, Member, Sampling, Vector, pairs_of
 
 Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -85,8 +86,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """All rollouts of a chunk, the tokens of the prompts that the model read for them, each counted once however many
-    samples there are of it, and the seconds spent on nothing but waiting for scores."""
+    """All rollouts of a chunk, the tokens of the prompts that the model was given for them, each counted once however
+    many samples there are of it, and the seconds spent on nothing but waiting for scores."""
 
     rollouts: list[Outcome]
     prompt_tokens: int
@@ -113,7 +114,16 @@ class ChunkResult:
     error: str | None
     transcripts: list[list[list[Transcript]]] | None
     seconds: dict[str, float]
+    costs: Costs
     worker: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedNoise:
+    """A weighted sum of noise, shape (D,), and what it cost."""
+
+    vector: Vector
+    costs: Costs
 
 
 def rollout_of(problem: Problem, completion: Completion) -> Rollout:
@@ -131,7 +141,7 @@ def rollout_of(problem: Problem, completion: Completion) -> Rollout:
 
 
 def collect(chunk: Chunk, found: Outcomes) -> ChunkResult:
-    """Arrange what came of all rollouts of a chunk; its failures and seconds are for the caller to fill in."""
+    """Arrange what came of all rollouts of a chunk; its failures, seconds and costs are for the caller to fill in."""
     outcomes, final = found.rollouts, (len(chunk.members), len(chunk.problems[0]), chunk.sampling.samples)
     shape = (final[0] * final[1], final[2])
     names = sorted({name for outcome in outcomes for name in outcome.score.components})
@@ -161,6 +171,7 @@ def collect(chunk: Chunk, found: Outcomes) -> ChunkResult:
         if chunk.keep_text
         else None,
         seconds={},
+        costs=Costs(),
     )
 
 

@@ -1,4 +1,5 @@
-"""Where a model comes from, and what is in it: any source to a local folder of safetensors, and its linear layers."""
+"""Where a model comes from, and what is in it: any source to a local folder of safetensors, its linear layers, and how
+many parameters multiply."""
 
 from __future__ import annotations
 
@@ -76,6 +77,19 @@ def linear_matrices(folder: Path, targets: Literal["all-linear"] | Sequence[str]
         Matrix(name, out_features, in_features, rms=_rms(files, f"{name}.weight"))
         for name, (out_features, in_features) in shapes.items()
     ]
+
+
+def multiplying_parameters(folder: Path) -> int:
+    """The parameters by which a causal language model multiplies tokens: all matrices but those that they are looked up
+    in. The output embedding counts, even where it is the input's too; biases and norms do not. Of experts all count.
+    """
+    return sum(
+        parameter.numel()
+        for module in _without_weights(folder).modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1
+    )
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -181,14 +195,18 @@ def _digest(path: Path) -> str:
 
 
 def _linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(folder)
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     }
+
+
+def _without_weights(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _check_targets(targets: Sequence[str], names: Iterable[str]) -> None:

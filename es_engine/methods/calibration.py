@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from es_engine.methods import shaping
-from es_engine.methods.es import CallRunner, EvolutionStrategies, evaluate, mean_of_samples
+from es_engine.methods.es import CallRunner, EvolutionStrategies, evaluate, mean_of_samples, total_costs
 from workers.chunks import Chunk, Problem
 from workers.engine import CENTER
 
@@ -56,6 +56,7 @@ def calibrate(
         "center_mean": center_mean,
         "probes": [{"sigma": probe.sigma, "mean": probe.mean, "spread": probe.spread} for probe in probes],
         "tokens": int(sum(result.tokens.sum() for result in results)),
+        "costs": total_costs(results).to_json(),
     }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.config.method import EsMethodConfig
+from es_engine.costs import Costs
 from es_engine.methods import population as populations
 from es_engine.methods import shaping
 from rewards.base import NO_SCORE
@@ -53,10 +54,12 @@ class CallRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A direction for theta, shape (D,), None where the population showed none, and the ledger's record of it."""
+    """A direction for theta, shape (D,), None where the population showed none, the ledger's record of it, and what it
+    cost."""
 
     direction: Vector | None
     record: dict[str, Any]
+    costs: Costs
 
 
 MOST_FAILURES = 0.5
@@ -84,20 +87,24 @@ class EvolutionStrategies:
         evaluated = time.perf_counter()
         record = _record(chunks, results, batch, sigma)
         workers = [result.worker for result in results]
+        costs = total_costs(results)
 
         def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
+            nonlocal costs
             calls = [
                 Call(f"the noise of {chunk}", "noise_sum", (generation, chunk.pairs, weights), workers[chunk.index])
                 for chunk, weights in jobs
             ]
             for first in range(0, len(calls), SUMS_AT_A_TIME):
-                yield from pool.run(calls[first : first + SUMS_AT_A_TIME])
+                for part in pool.run(calls[first : first + SUMS_AT_A_TIME]):
+                    costs += part.costs
+                    yield part.vector
 
         direction = self._combine(chunks, record, sigma, noise_sums)
         record["times"]["rollouts"] = evaluated - started
         record["times"]["update"] = time.perf_counter() - evaluated
         record["workers"] = workers
-        return Estimate(direction, record)
+        return Estimate(direction, record, costs)
 
     def replay(self, record: dict[str, Any], noise_sum: NoiseSum) -> Vector | None:
         """The direction of a recorded generation, bit for bit, from the noise alone."""
@@ -237,6 +244,11 @@ def _record(
         "failures": failures_by_verifier(results),
         "times": _phase_times(results),
     }
+
+
+def total_costs(results: Sequence[ChunkResult]) -> Costs:
+    """What the chunks cost together."""
+    return sum((result.costs for result in results), Costs())
 
 
 def _phase_times(results: Sequence[ChunkResult]) -> dict[str, float]:

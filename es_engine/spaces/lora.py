@@ -86,9 +86,14 @@ class LoraSpace:
         return self.alpha / self.rank
 
     @property
+    def adapter_parameters(self) -> int:
+        """The numbers in an adapter: both factors of all matrices, trained or not."""
+        return sum(self.rank * (matrix.in_features + matrix.out_features) for matrix in self.matrices)
+
+    @property
     def adapter_bytes(self) -> int:
-        """The size of an adapter, both factors of all matrices, in float32."""
-        return sum(4 * self.rank * (matrix.in_features + matrix.out_features) for matrix in self.matrices)
+        """The size of an adapter in float32."""
+        return 4 * self.adapter_parameters
 
     @property
     def matrix_scale(self) -> float:

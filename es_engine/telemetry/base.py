@@ -24,7 +24,7 @@ class GenerationLine(TypedDict):
     components: Mapping[str, float | None]  # mean of each named part of the reward
     rollouts: int
     tokens: int
-    tokens_total: int
+    spent: Mapping[str, float]  # by the run's steps so far: generated, processed, flops, worker_seconds
     seconds: float
     seconds_rollouts: float
     seconds_update: float

@@ -93,6 +93,7 @@ def figures(line: Line) -> list[tuple[str, str]]:
         ("accuracy", _number(line["accuracy"])),
         ("tokens/s", f"{line['tokens'] / line['seconds']:.0f}"),
         ("rollouts", f"{line['seconds_rollouts'] / line['seconds']:.0%} of time"),
+        *_spent(line),
         *_failures(line),
     ]
     if line["worker_restarts"]:
@@ -100,6 +101,16 @@ def figures(line: Line) -> list[tuple[str, str]]:
     if line["eta_seconds"] is not None:
         shown.append(("ETA", str(timedelta(seconds=round(line["eta_seconds"])))))
     return shown
+
+
+def _spent(line: Line) -> list[tuple[str, str]]:
+    """What the run has spent so far, tokens in millions."""
+    spent = line["spent"]
+    return [
+        ("processed", f"{spent['processed'] / 1e6:.2f}M"),
+        ("TFLOPs", f"{spent['flops'] / 1e12:.2f}"),
+        ("worker min", f"{spent['worker_seconds'] / 60:.1f}"),
+    ]
 
 
 def _failures(line: Line) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ class PrometheusTelemetry:
         self._restarts_told = 0
         self._step = _gauge("step", "Generations done.", registry)
         self._components = _gauge("reward_component", "Mean of a part of the reward.", registry, "component")
+        self._spent = _gauge("spent", "What the run's steps have cost so far, evaluations apart.", registry, "measure")
         self._failures = _counter(
             "verifier_failures", "Rollouts that a verifier left without a score.", registry, "verifier", "kind"
         )
@@ -68,6 +69,8 @@ class PrometheusTelemetry:
         self._restarts_told = line["worker_restarts"]
         for component, value in line["components"].items():
             self._components.labels(component).set(_figure(value))
+        for measure, value in line["spent"].items():
+            self._spent.labels(measure).set(value)
         for verifier, kinds in line["failures"].items():
             for kind, count in kinds.items():
                 self._failures.labels(verifier, kind).inc(count)

@@ -19,13 +19,12 @@ TAGS = {
     "theta_rms": "step/theta_rms",
     "rollouts": "throughput/rollouts",
     "tokens": "throughput/tokens",
-    "tokens_total": "throughput/tokens_total",
     "seconds": "seconds/generation",
     "seconds_rollouts": "seconds/rollouts",
     "seconds_update": "seconds/update",
     "worker_restarts": "failures/worker_restarts",
 }
-MAPPINGS = ("components", "failures")
+MAPPINGS = ("components", "failures", "spent")
 
 
 class TensorBoardTelemetry:
