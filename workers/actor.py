@@ -1,4 +1,8 @@
-"""One worker: an engine, the scorer of what it generates, and the noise of the chunks it evaluated."""
+"""One worker: an engine, the scorer of what it generates, the noise of the chunks it evaluated, and gradients.
+
+The model that gradients are taken with is built when the first is asked for. On a GPU it and the engine take turns:
+whichever works, the other leaves the memory.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from es_engine.config import Config, MultiTurnTaskConfig
 from es_engine.costs import Costs, costs_of
@@ -30,6 +34,10 @@ from workers.chunks import (
 from workers.engine import Completion, Filling, PopulationEngine, Request, Vector
 from workers.prompts import Preparer, load_preparer
 from workers.scoring import open_scorer
+
+if TYPE_CHECKING:
+    from workers.gradient import GradientModel, Loss, PartialGradient
+    from workers.samples import Sample
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 1.0
@@ -62,6 +70,8 @@ class Worker:
         self._index = index
         self._setup = setup
         self._center_version = -1
+        self._gradients: GradientModel | None = None
+        self._gradients_version = -1
         self._prepare: Preparer | None = None  # for the later prompts of a game; all others are prepared by the driver
         if cores is not None:  # before torch starts its threads
             allowed = sorted(os.sched_getaffinity(0))
@@ -72,7 +82,7 @@ class Worker:
 
         Raises ValueError if the worker cannot take part.
         """
-        model = _model_folder(self._setup)
+        self._model = model = _model_folder(self._setup)
         self._engine = build_engine(self._setup, model)
         config = self._setup.config
         task = config.task.build()
@@ -88,6 +98,9 @@ class Worker:
         """Generate and score a chunk around theta, shape (D,); `version` names theta, so that it is taken in only
         once. `ahead` is the chunk that will probably be next."""
         started = time.perf_counter()
+        if self._gradients is not None:
+            self._gradients.rest()
+            self._engine.wake()
         if version != self._center_version:
             self._engine.set_center(theta)
             self._center_version = version
@@ -120,6 +133,38 @@ class Worker:
         started = time.perf_counter()
         vector = self._engine.noise_sum(generation, pairs, weights)
         return WeightedNoise(vector, Costs(worker_seconds=time.perf_counter() - started))
+
+    def gradient(self, loss: Loss, samples: Sequence[Sample], theta: Vector, version: int) -> PartialGradient:
+        """The gradient of a loss over a micro-batch at theta, shape (D,), which `version` names."""
+        started = time.perf_counter()
+        found = self._gradients_at(theta, version).gradient(loss, samples)
+        found.seconds = time.perf_counter() - started
+        return found
+
+    def logprobs(
+        self, samples: Sequence[Sample], theta: Vector | None, version: int, temperature: float = 1.0
+    ) -> list[Vector]:
+        """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model."""
+        model = self._gradients_at(theta, version)
+        return model.logprobs(samples, temperature, adapter=theta is not None)
+
+    def release_gradients(self) -> None:
+        """Drop the model that gradients are taken with; the next gradient builds it again."""
+        if self._gradients is not None:
+            self._gradients.rest()
+            self._gradients, self._gradients_version = None, -1
+            self._engine.wake()
+
+    def _gradients_at(self, theta: Vector | None, version: int) -> GradientModel:
+        """The model that gradients are taken with, wearing theta; None leaves what it wears."""
+        self._engine.rest()
+        if self._gradients is None:
+            self._gradients = build_gradient_model(self._setup, self._model)
+        self._gradients.wake()
+        if theta is not None and version != self._gradients_version:
+            self._gradients.set_theta(theta)
+            self._gradients_version = version
+        return self._gradients
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
         if self._prepare is None:
@@ -177,8 +222,19 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
             block_size=engine.block_size,
             tensor_parallel=config.pool.tensor_parallel,
             enforce_eager=engine.enforce_eager,
+            rests=config.method.kind != "es",
         ),
     )
+
+
+def build_gradient_model(setup: WorkerSetup, model: Path) -> GradientModel:
+    """The model that gradients are taken with: the engine's type, on a GPU where there is one."""
+    from workers.gradient import GradientModel
+
+    engine = setup.config.engine
+    assert engine.kind != "simulated", "there is no model"
+    device = engine.device if engine.kind == "hf" else "auto"
+    return GradientModel(model, setup.space, engine.dtype, _device(device))
 
 
 def _noise_cache_bytes(setup: WorkerSetup) -> int:

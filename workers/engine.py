@@ -39,6 +39,7 @@ class Sampling:
     """How completions are drawn. At temperature 0 decoding is greedy and `samples` is 1.
 
     A completion that has just said the same 1 to 32 tokens `max_repeats` times in a row ends there; None lets it go on.
+    With `logprobs` completions come with the log-probabilities of their tokens.
     """
 
     max_tokens: int
@@ -47,6 +48,7 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     max_repeats: int | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ class Request:
 class Completion:
     """One completion of request number `request`; `text` ends before the stop string, `token_ids` may include it.
 
-    `finish_reason` is `stop`, `length`, or `repetition` where `max_repeats` ended it.
+    `finish_reason` is `stop`, `length`, or `repetition` where `max_repeats` ended it. `logprobs`, one for each of
+    `token_ids`, are the model's own, at temperature 1 and top_p 1 whatever was sampled with; None unless asked for.
     """
 
     request: int
@@ -70,6 +73,7 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    logprobs: tuple[float, ...] | None = None
 
 
 class PopulationEngine(Protocol):
@@ -98,4 +102,13 @@ class PopulationEngine(Protocol):
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,); good until the next call."""
+        ...
+
+    def rest(self) -> None:
+        """Leave a GPU's memory to others, as far as the engine can; slots and center stay as they are. Nothing may be
+        asked of the engine but `noise_sum` and `set_center` until it wakes. Resting twice is resting once."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Completion, Member, Request, Sampling, Vector, pairs_of
+from workers.peft_model import load_peft_model, put_on
 from workers.perturbation import Perturber
 from workers.prompts import load_tokenizer
 from workers.stops import cut_at_stop, first_loop
@@ -25,17 +27,9 @@ class HfEngine:
     def __init__(
         self, model: Path, space: LoraSpace, run_seed: int, cache_bytes: int, dtype: str = "auto", device: str = "cpu"
     ) -> None:
-        import peft
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        config = peft.LoraConfig(
-            r=space.rank,
-            lora_alpha=space.alpha,
-            target_modules=[matrix.name for matrix in space.matrices],
-            task_type="CAUSAL_LM",
-        )
-        self._model = peft.get_peft_model(base, config).eval().to(device)
+        self._model = load_peft_model(model, space, dtype, device)
         self._device = torch.device(device)
         self._space = space
         self._perturber = Perturber(run_seed, space.dim, cache_bytes)
@@ -76,6 +70,12 @@ class HfEngine:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
         return self._perturber.noise_sum(generation, pairs, weights)
 
+    def rest(self) -> None:
+        """Nothing: the model keeps its memory."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     @torch.inference_mode()
     def _generate_slot(
         self, slot: int | None, requests: list[tuple[int, Request]], sampling: Sampling
@@ -93,8 +93,15 @@ class HfEngine:
                 stopping_criteria=[self._stopped(start, sampling)],
                 **_generation_arguments(sampling),
             )
-        for row, ids in enumerate(output[:, start:].tolist()):
-            yield self._completion(requests[row // sampling.samples][0], row % sampling.samples, ids, sampling)
+            completions = []
+            for row, ids in enumerate(output[:, start:].tolist()):
+                number, request = requests[row // sampling.samples]
+                completion = self._completion(number, row % sampling.samples, ids, sampling)
+                if sampling.logprobs:
+                    said = self._token_logprobs(request.prompt_ids + completion.token_ids)
+                    completion = replace(completion, logprobs=tuple(said[len(request.prompt_ids) - 1 :].tolist()))
+                completions.append(completion)
+        yield from completions
 
     def _stopped(self, start: int, sampling: Sampling) -> Callable[..., torch.Tensor]:
         """Tells rows whose completion holds a stop string (transformers' own criterion also finds one that begins in
@@ -136,23 +143,21 @@ class HfEngine:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _logprobs(self, request: Request) -> Vector:
-        ids = torch.tensor([request.prompt_ids], device=self._device)
         with self._adapter(request.slot):
-            scores = self._model(ids).logits[0, :-1].float().log_softmax(-1)
+            return self._token_logprobs(request.prompt_ids)
+
+    def _token_logprobs(self, token_ids: Sequence[int]) -> Vector:
+        """Log-probability of every token but the first, shape (T-1,), by the model as it is."""
+        ids = torch.tensor([token_ids], device=self._device)
+        scores = self._model(ids).logits[0, :-1].float().log_softmax(-1)
         return scores.gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
 
     def _adapter(self, slot: int | None) -> Any:
         """A context in which the model wears a slot's adapter, or none."""
         if slot is None:
             return self._model.disable_adapter()
-        self._load(self._thetas[slot])
+        put_on(self._model, self._space, self._thetas[slot])
         return nullcontext()
-
-    def _load(self, theta: Vector) -> None:
-        for name, pair in self._space.adapter(theta).items():
-            layer = self._model.get_submodule(f"base_model.model.{name}")
-            for factor, values in ((layer.lora_A, pair.a), (layer.lora_B, pair.b)):
-                factor["default"].weight.data.copy_(torch.from_numpy(values))
 
 
 def _loop(ids: Sequence[int], sampling: Sampling) -> int | None:

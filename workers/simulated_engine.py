@@ -91,6 +91,12 @@ class SimulatedEngine:
                 finish_reason="length" if cut else "stop",
             )
 
+    def rest(self) -> None:
+        """Nothing: there is no memory to leave."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def plan(self, requests: Sequence[Request], sampling: Sampling) -> Plan:
         """What will be answered and when: a function of the seeds, the slots' members and the requests."""
         config = self._config

@@ -25,7 +25,8 @@ SECOND_SET_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
-    """How vLLM is started. None leaves a choice to vLLM, or to the space, where noted."""
+    """How vLLM is started. None leaves a choice to vLLM, or to the space, where noted. With `rests` it can leave a GPU
+    to others for a time."""
 
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -35,6 +36,7 @@ class VllmOptions:
     block_size: int | None = None
     tensor_parallel: int = 1
     enforce_eager: bool = False
+    rests: bool = False
 
 
 class VllmEngine:
@@ -46,11 +48,14 @@ class VllmEngine:
         # The engine core must live in this process: the slot writer is called between its steps.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         from workers import cpu_tuning
 
         sets = _sets(space, slots)
+        self._rests = options.rests and current_platform.is_sleep_mode_available()  # not on a CPU
         arguments = _llm_arguments(space, sets * slots, options) | cpu_tuning.engine_arguments()
+        arguments |= {"enable_sleep_mode": True} if self._rests else {}
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
         self._first_slot = 0
@@ -111,6 +116,18 @@ class VllmEngine:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,); good until the next call."""
         return self._rpc("es_noise_sum", generation, list(pairs), list(weights))[0]
 
+    def rest(self) -> None:
+        """Leave the GPU's memory to others, where `VllmOptions.rests` is set: weights and slots go to the CPU's, the KV
+        cache and what is cached of prefixes are dropped."""
+        if self._rests and not self._llm.llm_engine.is_sleeping():
+            self._rpc("es_settle")
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take the memory back."""
+        if self._rests and self._llm.llm_engine.is_sleeping():
+            self._llm.wake_up()
+
     def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...] | None:
         if stops not in self._stop_tokens:
             self._stop_tokens[stops] = stop_tokens(self._tokenizer, stops)
@@ -127,6 +144,7 @@ class VllmEngine:
                 text=text,
                 token_ids=tuple(sample.token_ids),
                 finish_reason=sample.finish_reason or "stop",
+                logprobs=_token_logprobs(sample.logprobs, sample.token_ids) if sampling.logprobs else None,
             )
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
@@ -203,13 +221,16 @@ def _sampling_params(sampling: Sampling, seed: int, ends: tuple[int, ...] | None
         detokenize=ends is None,
         repetition_detection=loops,
         seed=seed if sampling.temperature > 0 else None,
+        logprobs=0 if sampling.logprobs else None,  # of no more than the sampled token
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # what vLLM writes into it for a request is the same for all
     )
 
 
 def _prompt_logprobs(output: Any) -> Vector:
-    steps = output.prompt_logprobs[1:]
-    tokens = output.prompt_token_ids[1:]
-    values = [step[token].logprob for step, token in zip(steps, tokens, strict=True)]
+    values = _token_logprobs(output.prompt_logprobs[1:], output.prompt_token_ids[1:])
     return np.array(values, dtype=np.float32)
+
+
+def _token_logprobs(steps: Sequence[Any], tokens: Sequence[int]) -> tuple[float, ...]:
+    return tuple(step[token].logprob for step, token in zip(steps, tokens, strict=True))

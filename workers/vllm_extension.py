@@ -70,7 +70,7 @@ class SlotExtension:
 
     def es_set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""
-        self._es_settle()
+        self.es_settle()
         self._es_ahead = None
         self._es_perturber.center = theta.copy()  # Ray's arrays are read-only, the caller's may change
 
@@ -78,7 +78,7 @@ class SlotExtension:
         """Write members into a set of slots, fresh from theta + sign*sigma*eps, unless they have been written ahead;
         the first slot of the set."""
         assert len(members) <= self._es_slots
-        self._es_settle()
+        self.es_settle()
         if self._es_ahead != (generation, sigma, members):
             self._es_write_set(generation, sigma, members)
         self._es_ahead = None
@@ -89,7 +89,7 @@ class SlotExtension:
     def es_write_ahead(self, generation: int, sigma: float, members: tuple[Member, ...]) -> None:
         """Draw members' noise in the background, as far as there is room for it, and write them into the other set of
         slots if there is one; not those of a later generation, whose center is not known yet."""
-        self._es_settle()
+        self.es_settle()
         self._es_ahead = None
         self._es_perturber.prepare(generation, pairs_of(members))
         if self._es_sets > 1 and generation == self._es_generation:
@@ -97,10 +97,10 @@ class SlotExtension:
 
     def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair), shape (D,); good until the next call."""
-        self._es_settle()
+        self.es_settle()
         return self._es_perturber.noise_sum(generation, pairs, weights, out=self._es_sum)
 
-    def _es_settle(self) -> None:
+    def es_settle(self) -> None:
         """Wait for the background, which alone uses the perturber while it writes; raises what went wrong there."""
         writing, self._es_writing = self._es_writing, None
         if writing is not None:

@@ -1,0 +1,93 @@
+"""Gradients of a loss on the pool: samples are dealt out in micro-batches that depend on the samples alone, and what
+comes back is added in the order of the micro-batches, so that the result does not depend on who computed what.
+
+The sum is kept in float64 and rounded to float32 once. Shapes: D = len(theta), T completion tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from es_engine.methods.es import CallRunner
+from workers.engine import Vector
+from workers.gradient import Loss
+from workers.pool import Call
+from workers.samples import Sample, micro_batches
+
+IN_FLIGHT_BYTES = 1 << 30
+"""Most bytes of gradients in the driver and in Ray's object store at once; yet one for each worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient of a loss with respect to theta, shape (D,), which a step goes against; the loss, what it reports,
+    the tokens that the model read, and the seconds that workers spent, all summed over the samples."""
+
+    gradient: Vector
+    loss: float
+    metrics: dict[str, float]
+    tokens: int
+    seconds: float
+
+
+def gradient(
+    pool: CallRunner,
+    loss: Loss,
+    samples: Sequence[Sample],
+    theta: Any,
+    version: int,
+    *,
+    dim: int,
+    max_tokens: int,
+    together: int = 1,
+) -> Gradient:
+    """The gradient of a loss over samples at theta (as the pool shares it, `version` names it) of `dim` coordinates.
+
+    A micro-batch has at most `max_tokens` tokens with padding; `together` samples in a row stay in one.
+    """
+    calls = [
+        Call(f"gradient {number}", "gradient", (loss, [samples[place] for place in places], theta, version))
+        for number, places in enumerate(micro_batches(samples, max_tokens, together))
+    ]
+    total = np.zeros(dim)
+    value = seconds = 0.0
+    metrics: defaultdict[str, float] = defaultdict(float)
+    for part in _in_waves(pool, calls, max(pool.size, IN_FLIGHT_BYTES // (4 * dim))):
+        total += part.gradient
+        value += part.loss
+        seconds += part.seconds
+        for name, number in part.metrics.items():
+            metrics[name] += number
+    return Gradient(total.astype(np.float32), value, dict(metrics), sum(sample.tokens for sample in samples), seconds)
+
+
+def logprobs(
+    pool: CallRunner,
+    samples: Sequence[Sample],
+    theta: Any,
+    version: int,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+) -> list[Vector]:
+    """Log-probabilities (T,) of each sample's completion tokens at theta (as the pool shares it); where theta is None,
+    by the base model."""
+    batches = micro_batches(samples, max_tokens)
+    calls = [
+        Call(f"log-probs {number}", "logprobs", ([samples[place] for place in places], theta, version, temperature))
+        for number, places in enumerate(batches)
+    ]
+    found: dict[int, Vector] = {}
+    for places, rows in zip(batches, pool.run(calls), strict=True):
+        found.update(zip(places, rows, strict=True))
+    return [found[place] for place in range(len(samples))]
+
+
+def _in_waves(pool: CallRunner, calls: Sequence[Call], size: int) -> Iterator[Any]:
+    for first in range(0, len(calls), size):
+        yield from pool.run(calls[first : first + size])

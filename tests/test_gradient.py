@@ -1,0 +1,338 @@
+"""Gradients with respect to theta, against finite differences and plain PEFT; and the pool's sum of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import random_center, random_prompts
+from simple_losses import MeanNll, Weighted, reverse_kl, squared_margins
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from es_engine.methods import gradients
+from es_engine.spaces.lora import LoraSpace, Train, Units
+from workers.engine import Vector
+from workers.gradient import GradientModel, Loss, collate
+from workers.models import linear_matrices
+from workers.pool import Call
+from workers.samples import Sample, micro_batches
+
+LENGTHS = ((5, 9), (1, 4), (17, 2), (8, 8), (3, 20), (12, 1))
+TOKENS = sum(length for _, length in LENGTHS)
+LOSSES: dict[str, Loss] = {"mean nll": MeanNll(TOKENS), "weighted": Weighted(0.7), "reverse kl": reverse_kl}
+
+
+def build_space(model: Path, train: Train = "B", units: Units = "weight") -> LoraSpace:
+    return LoraSpace(linear_matrices(model, "all-linear"), rank=4, alpha=10.0, train=train, units=units)
+
+
+def center(space: LoraSpace) -> Vector:
+    return random_center(space, 0.1)
+
+
+def samples() -> list[Sample]:
+    rng = np.random.default_rng(4)
+    found = []
+    for (prompt, completion), ids in zip(LENGTHS, random_prompts(*map(sum, LENGTHS)), strict=True):
+        weight = rng.standard_normal(completion).astype(np.float32)
+        values = {"advantage": float(rng.standard_normal()), "weight": weight}
+        found.append(Sample(ids[:prompt], ids[prompt:], values))
+    return found
+
+
+@pytest.fixture(scope="module")
+def space(random_llama: Path) -> LoraSpace:
+    return build_space(random_llama)
+
+
+@pytest.fixture(scope="module")
+def model(random_llama: Path, space: LoraSpace) -> GradientModel:
+    model = GradientModel(random_llama, space, "float32")
+    model.set_theta(center(space))
+    return model
+
+
+def plain_peft(folder: Path, space: LoraSpace, theta: Vector, adapter: Path) -> Any:
+    """transformers + PEFT, from the files that the space writes."""
+    space.save(theta, adapter, str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+
+
+def plain_logprobs(model: Any, sample: Sample) -> torch.Tensor:
+    """All log-probabilities at a sample's completion tokens, (T, V), one sample at a time and without padding."""
+    logits = model(torch.tensor([sample.prompt_ids + sample.completion_ids])).logits[0]
+    return logits[len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+
+
+def chosen(scores: torch.Tensor, sample: Sample) -> torch.Tensor:
+    return scores.gather(-1, torch.tensor(sample.completion_ids)[:, None])[:, 0]
+
+
+# The gradient itself
+
+
+@pytest.fixture
+def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds to float32 in them, which no small step survives."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.mark.usefixtures("norms_in_float64")
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("units", ["weight", "raw"])
+@pytest.mark.parametrize("train", ["B", "A", "AB"])
+def test_the_gradient_is_that_of_central_differences(
+    random_llama: Path, train: Train, units: Units, loss: Loss
+) -> None:
+    """In float64, along random directions and along the largest coordinate of every seventh factor."""
+    space = build_space(random_llama, train, units)
+    model = GradientModel(random_llama, space, "float64")
+    theta = (space.start() + 0.02 * space.matrix_scale * np.random.default_rng(3).standard_normal(space.dim)).astype(
+        float
+    )
+    model.set_theta(theta)  # type: ignore[arg-type]
+    gradient = model.gradient(loss, samples()).gradient
+    assert (gradient.shape, gradient.dtype) == ((space.dim,), np.float32)
+
+    directions = list(np.random.default_rng(5).standard_normal((3, space.dim)) / np.sqrt(space.dim))
+    for place in space.placements[::7]:
+        largest = place.start + np.abs(gradient[place.start : place.stop]).argmax()
+        directions.append(np.eye(1, space.dim, largest)[0])
+    step = 1e-5 * space.matrix_scale
+
+    def value(at: Any) -> float:
+        model.set_theta(at)
+        return model.gradient(loss, samples()).loss
+
+    for direction in directions:
+        expected = (value(theta + step * direction) - value(theta - step * direction)) / (2 * step)
+        size = float(np.linalg.norm(gradient) * np.linalg.norm(direction) / np.sqrt(space.dim))
+        assert gradient.astype(float) @ direction == pytest.approx(expected, rel=1e-5, abs=1e-5 * size)
+
+
+@pytest.mark.parametrize(("which", "train"), [("random_llama", "B"), ("random_qwen", "A"), ("random_llama", "AB")])
+@pytest.mark.parametrize("units", ["weight", "raw"])
+def test_the_gradient_is_that_of_plain_peft(
+    which: str, train: Train, units: Units, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder: Path = request.getfixturevalue(which)
+    space = build_space(folder, train, units)
+    theta = center(space) if units == "weight" else random_center(space, 0.01)
+    model = GradientModel(folder, space, "float32")
+    model.set_theta(theta)
+    found = model.gradient(MeanNll(TOKENS), samples())
+
+    reference = plain_peft(folder, space, theta, tmp_path)
+    loss = -sum(chosen(plain_logprobs(reference, sample), sample).sum() for sample in samples()) / TOKENS
+    loss.backward()
+    for place in space.placements:
+        layer = reference.get_submodule(f"base_model.model.{place.matrix.name}")
+        slope = (layer.lora_A if place.factor == "A" else layer.lora_B)["default"].weight.grad.numpy()
+        expected = place.scale * slope.ravel()
+        mine = found.gradient[place.start : place.stop]
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+    assert found.loss == pytest.approx(float(loss), rel=1e-6)
+    assert found.metrics == {"tokens": TOKENS, "samples": len(LENGTHS)}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_gradients_of_parts_add_up_to_that_of_the_whole(model: GradientModel, loss: Loss) -> None:
+    whole = model.gradient(loss, samples())
+    parts = [model.gradient(loss, [samples()[place] for place in part]) for part in ((3, 0), (4,), (5, 2, 1))]
+    total = np.sum([part.gradient for part in parts], axis=0)
+    np.testing.assert_allclose(total, whole.gradient, atol=2e-6 * np.abs(whole.gradient).max())
+    assert sum(part.loss for part in parts) == pytest.approx(whole.loss, rel=1e-5)
+    for name, number in whole.metrics.items():
+        assert sum(part.metrics[name] for part in parts) == pytest.approx(number, rel=1e-5)
+
+
+def test_a_gradient_leaves_theta_alone_and_comes_again(model: GradientModel) -> None:
+    once = model.gradient(reverse_kl, samples())
+    again = model.gradient(reverse_kl, samples())
+    assert once.gradient.tobytes() == again.gradient.tobytes()
+    assert (once.loss, once.metrics) == (again.loss, again.metrics)
+
+
+def test_only_thetas_factors_are_trained_also_after_the_adapter_was_off(model: GradientModel, space: LoraSpace) -> None:
+    model.logprobs(samples(), adapter=False)
+    trained = [name for name, weight in model._model.named_parameters() if weight.requires_grad]
+    assert len(trained) == len(space.matrices)
+    assert all(name.endswith("lora_B.default.weight") for name in trained)
+
+
+# Log-probabilities
+
+
+def test_logprobs_are_those_of_plain_peft(
+    model: GradientModel, random_llama: Path, space: LoraSpace, tmp_path: Path
+) -> None:
+    reference = plain_peft(random_llama, space, center(space), tmp_path)
+    for temperature in (1.0, 0.6):
+        for row, sample in zip(model.logprobs(samples(), temperature), samples(), strict=True):
+            scores = (plain_logprobs(reference, sample) / temperature).log_softmax(-1)
+            np.testing.assert_allclose(row, chosen(scores, sample).detach(), atol=1e-5)
+
+
+def test_without_the_adapter_the_model_is_the_base_model(model: GradientModel, random_llama: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32)
+    worn = model.logprobs(samples())
+    for row, mine, sample in zip(model.logprobs(samples(), adapter=False), worn, samples(), strict=True):
+        np.testing.assert_allclose(row, chosen(plain_logprobs(base, sample), sample).detach(), atol=1e-5)
+        assert np.abs(row - mine).mean() > 0.1
+    for one, other in zip(model.logprobs(samples()), worn, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_at_zero_nothing_diverges_from_the_base_model(random_llama: Path, space: LoraSpace) -> None:
+    found = GradientModel(random_llama, space, "float32").gradient(reverse_kl, samples())
+    assert abs(found.loss) < 1e-5
+    assert np.abs(found.gradient).max() < 1e-5
+
+
+def test_a_half_precision_base_wears_a_float32_adapter(
+    random_llama: Path, space: LoraSpace, model: GradientModel
+) -> None:
+    half = GradientModel(random_llama, space, "bfloat16")
+    half.set_theta(center(space))
+    dtypes = {name.split(".")[-3]: weight.dtype for name, weight in half._model.named_parameters() if "lora" in name}
+    assert dtypes == {"lora_A": torch.float32, "lora_B": torch.float32}
+    assert half._model.get_output_embeddings().weight.dtype == torch.bfloat16
+    found, exact = (each.gradient(MeanNll(TOKENS), samples()) for each in (half, model))
+    assert found.loss == pytest.approx(exact.loss, rel=0.01)
+    error = np.linalg.norm(found.gradient - exact.gradient) / np.linalg.norm(exact.gradient)
+    assert 1e-4 < error < 0.1
+
+
+# Samples
+
+
+def test_a_batch_is_padded_on_the_right() -> None:
+    weight = np.array([0.5, -1], np.float32)
+    batch = collate(
+        [
+            Sample((7, 8), (9, 10), {"advantage": 2.0, "weight": weight}),
+            Sample((5,), (6,), {"advantage": -1.0, "weight": weight[:1]}),
+        ]
+    )
+    assert batch.token_ids.tolist() == [[7, 8, 9, 10], [5, 6, 0, 0]]
+    assert batch.predicts.tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert batch.completion_ids.tolist() == [[9, 10], [6, 0]]
+    assert batch.mask.tolist() == [[True, True], [True, False]]
+    assert batch.values["advantage"].tolist() == [2, -1]
+    assert batch.values["weight"].tolist() == [[0.5, -1], [0.5, 0]]
+    assert batch.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 2], [3, 0]]
+    assert batch.spread(torch.ones(3, 5)).sum((1, 2)).tolist() == [10, 5]
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=24),
+    max_tokens=st.integers(1, 200),
+    together=st.sampled_from([1, 2]),
+)
+def test_micro_batches_hold_every_sample_once_within_their_size(
+    lengths: list[tuple[int, int]], max_tokens: int, together: int
+) -> None:
+    found = [Sample((1,) * prompt, (1,) * completion) for prompt, completion in lengths * together]
+    batches = micro_batches(found, max_tokens, together)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(found)))
+    sizes = [[found[place].tokens for place in batch] for batch in batches]
+    for batch, tokens in zip(batches, sizes, strict=True):
+        assert len(batch) == together or max(tokens) * len(batch) <= max_tokens
+        runs = [batch[first : first + together] for first in range(0, len(batch), together)]
+        assert all(run == list(range(run[0], run[0] + together)) and run[0] % together == 0 for run in runs)
+    assert [max(tokens) for tokens in sizes] == sorted((max(tokens) for tokens in sizes), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Sample((), (1,)), "need at least one token"),
+        (lambda: Sample((1,), ()), "need at least one token"),
+        (lambda: Sample((1,), (1, 2), {"weight": np.zeros(3, np.float32)}), r"weight has shape \(3,\); .*\(2,\)"),
+        (lambda: collate([Sample((1,), (1,), {"one": 1.0}), Sample((1,), (1,))]), "the same values"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(build: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^sample: .*{words}"):
+        build()
+
+
+# On the pool
+
+
+class ModelRunner:
+    """Workers that share a model, of which call number i goes to one that was left wearing something else."""
+
+    def __init__(self, model: GradientModel, size: int) -> None:
+        self.model, self.size = model, size
+        self.waves: list[int] = []
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        self.waves.append(len(calls))
+        results = {number: self._carry_out(calls[number]) for number in reversed(range(len(calls)))}
+        return [results[number] for number in range(len(calls))]
+
+    def _carry_out(self, call: Call) -> Any:
+        if call.method == "logprobs":
+            found, theta, _, temperature = call.arguments
+            return self.model.logprobs(found, temperature, adapter=theta is not None)
+        loss, found, _, _ = call.arguments
+        return self.model.gradient(loss, found)
+
+
+def test_the_pools_gradient_is_that_of_all_samples(model: GradientModel, space: LoraSpace) -> None:
+    whole = model.gradient(Weighted(), samples())
+    runner = ModelRunner(model, 2)
+    found = gradients.gradient(runner, Weighted(), samples(), center(space), 0, dim=space.dim, max_tokens=32)
+    assert runner.waves == [4]
+    np.testing.assert_allclose(found.gradient, whole.gradient, atol=2e-6 * np.abs(whole.gradient).max())
+    assert found.gradient.dtype == np.float32
+    assert found.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert found.metrics == {"weight": pytest.approx(whole.metrics["weight"], rel=1e-5)}
+    assert found.tokens == sum(map(sum, LENGTHS))
+
+
+def test_the_size_of_waves_does_not_change_a_bit(
+    model: GradientModel, space: LoraSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "IN_FLIGHT_BYTES", 0)
+    found = []
+    for size in (1, 2, 3):
+        runner = ModelRunner(model, size)
+        found.append(gradients.gradient(runner, Weighted(), samples(), None, 0, dim=space.dim, max_tokens=32))
+        assert max(runner.waves) == size
+        assert sum(runner.waves) == 4
+    assert len({each.gradient.tobytes() for each in found}) == 1
+    assert len({(each.loss, each.metrics["weight"]) for each in found}) == 1
+
+
+def test_pairs_stay_together(model: GradientModel, space: LoraSpace) -> None:
+    whole = model.gradient(squared_margins, samples())
+    runner = ModelRunner(model, 2)
+    found = gradients.gradient(runner, squared_margins, samples(), None, 0, dim=space.dim, max_tokens=1, together=2)
+    assert sum(runner.waves) == 3
+    np.testing.assert_allclose(found.gradient, whole.gradient, atol=2e-6 * np.abs(whole.gradient).max())
+
+
+def test_the_pools_logprobs_are_in_the_order_of_the_samples(model: GradientModel, space: LoraSpace) -> None:
+    for theta in (center(space), None):
+        expected = model.logprobs(samples(), 0.8, adapter=theta is not None)
+        found = gradients.logprobs(ModelRunner(model, 2), samples(), theta, 0, max_tokens=32, temperature=0.8)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)

@@ -1,0 +1,219 @@
+"""Gradients with respect to theta: a PEFT model whose adapter is theta, and autograd.
+
+A loss is a sum over samples, its normalisers plain numbers, so that the gradients of micro-batches add up to that of
+the whole. With factor = scale * coordinates, d loss / d coordinates = scale * d loss / d factor.
+
+Shapes: S samples of a micro-batch, L tokens of the longest, T completion tokens of the longest completion, n completion
+tokens of all samples together, V = vocabulary, D = len(theta).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from es_engine.spaces.lora import LoraSpace
+from workers.engine import Vector
+from workers.peft_model import factor_weight, load_peft_model, put_on
+from workers.samples import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch as tensors, padded on the right with zeros.
+
+    `token_ids` and `predicts` are (S, L), `completion_ids` and `mask` (S, T); `mask` is true at a completion's tokens,
+    `predicts` where the model's output predicts one of them. `values` are the samples', (S,) or (S, T), by name.
+    """
+
+    token_ids: torch.Tensor
+    predicts: torch.Tensor
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
+    values: Mapping[str, torch.Tensor]
+
+    def spread(self, flat: torch.Tensor) -> torch.Tensor:
+        """What holds for the n completion tokens, (n,) or (n, V), as (S, T) or (S, T, V), zero at padding."""
+        spread = flat.new_zeros(*self.mask.shape, *flat.shape[1:])
+        spread[self.mask] = flat
+        return spread
+
+
+def collate(samples: Sequence[Sample], device: str | torch.device = "cpu") -> Batch:
+    """The tensors of samples. Raises ValueError where one has other values than the first."""
+    names = samples[0].values.keys()
+    if any(sample.values.keys() != names for sample in samples):
+        raise ValueError(f"sample: all samples of a batch need the same values, and the first has {', '.join(names)}")
+    prompts = [len(sample.prompt_ids) for sample in samples]
+    lengths = [len(sample.completion_ids) for sample in samples]
+    ends = torch.tensor([sample.tokens for sample in samples])
+    first = torch.tensor(prompts) - 1
+    place = torch.arange(int(ends.max()))
+    batch = Batch(
+        token_ids=_padded([sample.prompt_ids + sample.completion_ids for sample in samples]),
+        predicts=(place >= first[:, None]) & (place < ends[:, None] - 1),
+        completion_ids=_padded([sample.completion_ids for sample in samples]),
+        mask=torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
+        values={name: _stacked([sample.values[name] for sample in samples]) for name in names},
+    )
+    return Batch(
+        batch.token_ids.to(device),
+        batch.predicts.to(device),
+        batch.completion_ids.to(device),
+        batch.mask.to(device),
+        {name: value.to(device) for name, value in batch.values.items()},
+    )
+
+
+def _padded(rows: Sequence[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+
+def _stacked(values: Sequence[Any]) -> torch.Tensor:
+    return _padded(values, torch.float32) if np.ndim(values[0]) else torch.tensor(values, dtype=torch.float32)
+
+
+class Outputs:
+    """What the model says at the completion tokens of a micro-batch, which it was given the prompts for."""
+
+    def __init__(self, model: GradientModel, batch: Batch, *, adapter: bool = True) -> None:
+        self._model = model
+        self._batch = batch
+        self._logits = model.logits(batch, adapter=adapter)
+
+    def logprobs(self, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities of the completion tokens, (S, T), zero at padding."""
+        logits = self._at(temperature)
+        chosen = logits.gather(-1, self._batch.completion_ids[self._batch.mask][:, None])[:, 0]
+        return self._batch.spread(chosen - logits.logsumexp(-1))
+
+    def log_softmax(self, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities of every token of the vocabulary at the n completion tokens, (n, V), sample by sample;
+        `Batch.spread` arranges what is made of them."""
+        return self._at(temperature).log_softmax(-1)
+
+    @cached_property
+    def base(self) -> Outputs:
+        """What the base model says of the same completions: the adapter is off, and nothing is differentiated."""
+        with torch.no_grad():
+            return Outputs(self._model, self._batch, adapter=False)
+
+    def _at(self, temperature: float) -> torch.Tensor:
+        return self._logits if temperature == 1 else self._logits / temperature
+
+
+class Loss(Protocol):
+    """A loss as it is sent to the workers: a function or a dataclass of its options, importable there."""
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]:
+        """The loss, a scalar tensor, and numbers to be reported by name; all of them sums over the samples."""
+        ...
+
+
+@dataclass(slots=True)
+class PartialGradient:
+    """What a micro-batch adds to the gradient, shape (D,), to the loss and to what is reported; and the seconds that a
+    worker spent on it."""
+
+    gradient: Vector
+    loss: float
+    metrics: dict[str, float]
+    seconds: float = 0.0
+
+
+class GradientModel:
+    """A causal language model whose adapter is theta; the base model is frozen, dropout is off."""
+
+    def __init__(self, model: Path, space: LoraSpace, dtype: str = "auto", device: str = "cpu") -> None:
+        """`dtype` is that of the base model; theta's factors and all probabilities are float32 (float64 where it
+        is)."""
+        self._space = space
+        self._device = torch.device(device)
+        self._model = load_peft_model(model, space, dtype, device)
+        self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
+        self._freeze()
+        self.set_theta(space.start())
+
+    def set_theta(self, theta: Vector) -> None:
+        """Make theta, shape (D,), the adapter."""
+        put_on(self._model, self._space, theta)
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0, *, adapter: bool = True) -> list[Vector]:
+        """Log-probabilities of each sample's completion tokens; without the adapter, the base model's."""
+        batch = collate(samples, self._device)
+        found = Outputs(self, batch, adapter=adapter).logprobs(temperature).float().cpu().numpy()
+        return [row[: len(sample.completion_ids)] for row, sample in zip(found, samples, strict=True)]
+
+    def gradient(self, loss: Loss, samples: Sequence[Sample]) -> PartialGradient:
+        """The gradient of a loss over samples; the same bits for the same theta and samples on the same kind of
+        machine."""
+        batch = collate(samples, self._device)
+        with _deterministic(self._device):
+            value, metrics = loss(Outputs(self, batch), batch)
+            slopes = torch.autograd.grad(value, self._factors)
+        scaled = [slope.flatten() * place.scale for slope, place in zip(slopes, self._space.placements, strict=True)]
+        return PartialGradient(
+            gradient=torch.cat(scaled).float().cpu().numpy(),
+            loss=value.item(),
+            metrics={name: float(number) for name, number in metrics.items()},
+        )
+
+    def logits(self, batch: Batch, *, adapter: bool) -> torch.Tensor:
+        """The logits that predict the n completion tokens, (n, V), in float32 or wider."""
+        # The hidden states are thinned out on their way into the output layer: logits of prompts and padding would take
+        # most of the memory. Causal attention never looks at padding on the right, so no mask is needed.
+        thin_out = self._model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: inputs[0][batch.predicts][None]
+        )
+        with thin_out, nullcontext() if adapter else self._without_adapter():
+            logits = self._model(input_ids=batch.token_ids, use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def rest(self) -> None:
+        """Leave a GPU's memory to others."""
+        self._move(torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Take the memory back."""
+        self._move(self._device)
+
+    def _freeze(self) -> None:
+        """Leave nothing to be trained but theta's factors."""
+        self._model.requires_grad_(False)
+        for factor in self._factors:
+            factor.requires_grad_(True)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        with self._model.disable_adapter():
+            yield
+        self._freeze()  # PEFT would have both factors trained from now on
+
+    def _move(self, device: torch.device) -> None:
+        if self._device.type == "cuda" and self._factors[0].device.type != device.type:
+            self._model.to(device)  # in place: the parameters stay the same objects
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU's sums are taken in a fixed order; on a CPU they always are."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,42 @@
+"""A transformers model that wears theta as a PEFT adapter: what the reference engine and gradients have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from es_engine.spaces.lora import Factor, LoraSpace
+from workers.engine import Vector
+
+
+def load_peft_model(model: Path, space: LoraSpace, dtype: str, device: str) -> Any:
+    """The causal language model in a folder with an adapter on the space's matrices, in evaluation mode.
+
+    `dtype` is that of the base model, `auto` its own; the adapter is float32, or float64 as the base.
+    """
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    config = peft.LoraConfig(
+        r=space.rank,
+        lora_alpha=space.alpha,
+        target_modules=[matrix.name for matrix in space.matrices],
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(base, config).eval().to(device)
+
+
+def factor_weight(model: Any, matrix: str, factor: Factor) -> torch.nn.Parameter:
+    """The adapter's A (r, in) or B (out, r) of a matrix, by the matrix's name in the base model."""
+    layer = model.get_submodule(f"base_model.model.{matrix}")
+    return (layer.lora_A if factor == "A" else layer.lora_B)["default"].weight
+
+
+def put_on(model: Any, space: LoraSpace, theta: Vector) -> None:
+    """Make the model wear theta, shape (D,): every factor is written, in place."""
+    for name, pair in space.adapter(theta).items():
+        factor_weight(model, name, "A").data.copy_(torch.from_numpy(pair.a))
+        factor_weight(model, name, "B").data.copy_(torch.from_numpy(pair.b))
