@@ -63,7 +63,7 @@ def phases(model: Model, prompts: int, repeats: int) -> list[Row]:
         ledger, state = Ledger(Path(folder) / "ledger.jsonl"), trainer._beginning(session.materials)
         for _ in range(1 + repeats):
             started = time.perf_counter()
-            trainer._generation(session, ledger, state, config.method.sigma, telemetry)
+            trainer._generation(session, ledger, state, telemetry)
             found.append(by_phase(ledger.lines[-1]["times"], time.perf_counter() - started))
     seconds = {phase: statistics.median(times[phase] for times in found[1:]) for phase in found[0]}
     shares = {phase: [times[phase] / times["all"] for times in found[1:]] for phase in found[0]}

@@ -26,7 +26,7 @@ from harness import Options, Row, draw, options, report
 
 from es_engine import load_config, train
 from es_engine.ledger import Ledger
-from es_engine.methods.es import evaluate
+from es_engine.methods.rollouts import evaluate
 from es_engine.session import Session
 from workers.chunks import ChunkResult
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.methods.es import (
-    CallRunner,
+from es_engine.methods.base import CallRunner
+from es_engine.methods.rollouts import (
     evaluate,
     failures_by_verifier,
     mean_components,

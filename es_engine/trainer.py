@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from es_engine.config import Config
 from es_engine.costs import Costs
 from es_engine.evaluation import evaluate_center
 from es_engine.ledger import Ledger, Line, fingerprint, running_costs
+from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
-from es_engine.methods.es import Estimate
+from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
@@ -111,39 +112,30 @@ def _run(session: Session, folder: RunFolder, ledger: Ledger, state: State, noti
     materials = session.materials
     with closing(open_telemetry(materials.config.telemetry, folder.path, state.step)) as telemetry:
         notices.deliver_to(telemetry)
-        sigma = _initial_sigma(session, ledger, state, telemetry)
+        _settle_sigma(session, ledger, state, telemetry)
         while not _spent(materials.config, state):
             _evaluate_if_due(session, folder, state, telemetry)
-            _generation(session, ledger, state, sigma, telemetry)
+            _generation(session, ledger, state, telemetry)
         _evaluate_if_due(session, folder, state, telemetry, final=True)
         _save_adapter(materials, state.theta, folder.adapter)
 
 
-def _generation(session: Session, ledger: Ledger, state: State, sigma: float, telemetry: Telemetry) -> None:
-    """One step: estimate, move theta, write it down."""
+def _generation(session: Session, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
+    """One step: find directions, move theta, write it down."""
     started = time.perf_counter()
     materials, step = session.materials, state.step
     config = materials.config
     progress = _progress(config, state)
     lr = config.optimizer.lr * config.optimizer.lr_schedule.factor(progress)
-    size = materials.method.batch_size
-    batch = materials.problems("train", range(step * size, (step + 1) * size))
-    estimate = materials.method.estimate(
-        session.pool,
-        session.pool.put(state.theta),
-        version=step,
-        batch=batch,
-        generation=step,
-        sigma=sigma * config.method.sigma_schedule.factor(progress),
-    )
-    _advance(state, estimate, lr)
+    directions = materials.method.step(session.pool, state.theta, step, progress, materials.problems)
+    report, moves = _climb(state, directions, lr)
     line = {
         "kind": "generation",
         "step": step,
-        **estimate.record,
-        "costs": estimate.costs.to_json(),
+        **report.record,
+        "costs": report.costs.to_json(),
         "lr": lr,
-        "moved": estimate.direction is not None,
+        "moves": moves,
         "theta": fingerprint(state.theta),
         "restarts": session.pool.restarts,
     }
@@ -152,18 +144,37 @@ def _generation(session: Session, ledger: Ledger, state: State, sigma: float, te
     telemetry.generation(_telemetry_line(config, state, line, ledger))
 
 
-def _advance(state: State, estimate: Estimate, lr: float) -> None:
-    if estimate.direction is not None:
-        state.theta = state.optimizer.step(state.theta, estimate.direction, lr)
+def _climb(state: State, directions: Directions, lr: float) -> tuple[Report, int]:
+    """Take a step, direction by direction; its report, and how many there were."""
+    moves = 0
+    try:
+        direction = next(directions)
+        while True:
+            state.theta = state.optimizer.step(state.theta, direction, lr)
+            moves += 1
+            direction = directions.send(state.theta)
+    except StopIteration as end:
+        report: Report = end.value
     state.step += 1
-    state.costs += estimate.costs
+    state.costs += report.costs
+    return report, moves
 
 
 def _redo(materials: Materials, state: State, line: Line) -> None:
-    """Take a recorded step again. Raises ValueError if it does not lead where it led."""
+    """Take a recorded step again. Raises ValueError if it does not lead where it led, or cannot be taken without the
+    rollouts."""
+    method = materials.method
+    if not isinstance(method, EvolutionStrategies):
+        raise ValueError(
+            f"ledger: step {line['step']} of {materials.config.method.kind} is in no checkpoint that is left, and only "
+            "steps of es can be taken again from the ledger alone"
+        )
     perturber = Perturber(materials.config.seed, materials.space.dim, REPLAY_CACHE_BYTES)
-    direction = materials.method.replay(line, perturber.noise_sum)
-    _advance(state, Estimate(direction, line, Costs.from_json(line["costs"])), line["lr"])
+    direction = method.replay(line, perturber.noise_sum)
+    if direction is not None:
+        state.theta = state.optimizer.step(state.theta, direction, line["lr"])
+    state.step += 1
+    state.costs += Costs.from_json(line["costs"])
     if fingerprint(state.theta) != line["theta"]:
         raise ValueError(
             f"ledger: step {line['step']} replayed gives another theta than was recorded; "
@@ -226,20 +237,20 @@ def _flat(line: Line, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _initial_sigma(session: Session, ledger: Ledger, state: State, telemetry: Telemetry) -> float:
-    """The configured sigma, or the calibrated one, found once a run."""
-    sigma = session.materials.config.method.sigma
-    if sigma != "auto":
-        return sigma
+def _settle_sigma(session: Session, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
+    """Have ES begin with the calibrated sigma where the config asks for one; it is found once a run."""
+    method = session.materials.method
+    if not isinstance(method, EvolutionStrategies) or method.config.sigma != "auto":
+        return
     recorded = ledger.of_kind("calibration")
     if not recorded:
-        batch = session.materials.problems("train", range(session.materials.method.config.prompts))
-        found = calibrate(session.materials.method, session.pool, session.pool.put(state.theta), state.step, batch)
+        batch = session.materials.problems("train", range(method.config.prompts))
+        found = calibrate(method, session.pool, session.pool.put(state.theta), state.step, batch)
         ledger.append({"kind": "calibration", **found})
         recorded = ledger.of_kind("calibration")
     chosen = float(recorded[0]["sigma"])
+    session.materials = replace(session.materials, method=method.with_sigma(chosen))
     telemetry.message(f"sigma {chosen:g}, calibrated")
-    return chosen
 
 
 def _evaluate_if_due(
@@ -291,20 +302,17 @@ def _progress(config: Config, state: State) -> float:
 def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
     spent = _progress(config, state)
     elapsed = sum(other["times"]["total"] for other in ledger.generations)
-    rewards = np.array(line["rewards"], dtype=np.float64)
     return {
-        **{
-            key: line[key] for key in ("step", "reward_mean", "reward_best", "fitness_spread", "accuracy", "components")
-        },
-        **{key: line[key] for key in ("tokens", "sigma", "lr", "failures")},
+        **{key: line[key] for key in ("step", "reward_mean", "accuracy", "components", "rollouts")},
+        **{key: line[key] for key in ("tokens", "lr", "failures")},
+        **{key: line.get(key) for key in ("reward_best", "fitness_spread", "constant_members", "sigma")},
+        "learning": line.get("learning", {}),
         "generations": config.budget.generations,
-        "rollouts": rewards.size * config.method.samples,
         "spent": state.costs.to_json(),
         "seconds": line["times"]["total"],
         "seconds_rollouts": line["times"]["rollouts"],
         "seconds_update": line["times"]["update"],
         "theta_rms": float(np.sqrt(np.mean(np.square(state.theta, dtype=np.float64)))),
-        "constant_members": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
         "worker_restarts": line["restarts"],
         "eta_seconds": elapsed * (1 - spent) / spent,
     }

@@ -440,7 +440,7 @@ def test_a_run_of_games_on_real_engines(random_llama: Path, tmp_path: Path) -> N
     assert all(3 <= len(row["messages"]) <= 7 for row in rows["vllm"])
     for run in runs.values():
         for line in Ledger(run.folder.ledger_file).generations:
-            assert line["moved"]
+            assert line["moves"]
             assert line["failures"] == {}
             assert 8 * 4 < line["tokens"] <= 8 * 4 * 3
             assert set(line["components"]) == {"format", "narrowed", "solved"}

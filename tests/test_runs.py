@@ -136,7 +136,7 @@ def test_a_run_leaves_everything_behind(undisturbed: Path) -> None:
     assert any(row["completion"] for row in rows)
     generations = Ledger(undisturbed / "ledger.jsonl").generations
     assert [line["step"] for line in generations] == list(range(GENERATIONS))
-    assert all(line["moved"] for line in generations)
+    assert all(line["moves"] for line in generations)
 
 
 @pytest.mark.vllm

@@ -288,6 +288,6 @@ def test_a_run_is_the_same_on_one_worker_on_many_and_when_a_process_dies(random_
     assert not (tmp_path / "kill").exists()
     assert runs["killed"].generations[-1]["restarts"] == 3
     assert len({worker for line in runs["many"].generations for worker in line["workers"]}) == 8
-    assert all(line["moved"] for line in runs["one"].generations)
+    assert all(line["moves"] for line in runs["one"].generations)
     for name in ("many", "killed"):
         assert first_difference(runs[name].path, runs["one"].path) is None, name

@@ -57,6 +57,7 @@ def generation(step: int = 2, **changes: Any) -> dict[str, Any]:
         seconds_update=0.2,
         sigma=0.03,
         lr=0.5,
+        learning={},
         theta_rms=0.011,
         constant_members=1,
         failures={"mine.py:right": {"timeout": 3, "exception": 0}, "length": {"no score": 1}},

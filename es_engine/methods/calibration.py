@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from es_engine.methods import shaping
-from es_engine.methods.es import CallRunner, EvolutionStrategies, evaluate, mean_of_samples, total_costs
+from es_engine.methods.base import CallRunner
+from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.rollouts import evaluate, mean_of_samples, total_costs
 from workers.chunks import Chunk, Problem
 from workers.engine import CENTER
 

@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from es_engine.methods.es import CallRunner, EvolutionStrategies
+from es_engine.methods.base import CallRunner
+from es_engine.methods.es import EvolutionStrategies
 from es_engine.spaces.lora import LoraSpace
 from workers.chunks import Problem
 from workers.pool import Call

@@ -13,10 +13,10 @@ the sums of all chunks are ever in one place. Shapes: N members, P prompts, D = 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,9 @@ from es_engine.config.method import EsMethodConfig
 from es_engine.costs import Costs
 from es_engine.methods import population as populations
 from es_engine.methods import shaping
-from rewards.base import NO_SCORE
-from workers.chunks import Chunk, ChunkResult, Problem, by_verifier
+from es_engine.methods.base import CallRunner, Directions, Problems, Report
+from es_engine.methods.rollouts import evaluate, figures, mean, mean_of_samples, total_costs
+from workers.chunks import Chunk, ChunkResult, Problem
 from workers.engine import Member, Sampling, Vector
 from workers.pool import Call
 
@@ -35,21 +36,6 @@ NoiseSum = Callable[[int, Sequence[int], Sequence[float]], Vector]
 
 SUMS_AT_A_TIME = 8
 """Chunks' noise sums in the driver and in Ray's object store at once, of 4 D bytes each."""
-
-
-class CallRunner(Protocol):
-    """What a method needs of the pool; `size` is the number of workers."""
-
-    @property
-    def size(self) -> int: ...
-
-    def run(self, calls: Sequence[Call]) -> list[Any]:
-        """Carry out the calls; the results in their order."""
-        ...
-
-    def put(self, value: Any) -> Any:
-        """Share a value with all workers."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +48,32 @@ class Estimate:
     costs: Costs
 
 
-MOST_FAILURES = 0.5
-"""The part of the rollouts of a generation, or of an evaluation, on which the verifier may fail."""
-
-
 class EvolutionStrategies:
     """The `es` method: rewards of a perturbed population to a direction."""
 
-    def __init__(self, config: EsMethodConfig, *, chunk: int, sampling: Sampling) -> None:
+    def __init__(self, config: EsMethodConfig, *, chunk: int, sampling: Sampling, sigma: float | None = None) -> None:
+        """`sigma` is that of the beginning, None as long as it is to be calibrated."""
         assert not (config.mirrored and chunk % 2), "a mirrored pair lies in one chunk"
         self.config = config
         self.batch_size = populations.batch_size(config)
-        self.chunk = chunk
+        self.chunk = self.slots = chunk
         self._sampling = sampling
+        self._sigma = config.sigma if sigma is None and config.sigma != "auto" else sigma
+
+    def step(self, pool: CallRunner, theta: Vector, step: int, progress: float, problems: Problems) -> Directions:
+        """A generation: one direction, or none where the population shows none."""
+        assert self._sigma is not None, "sigma is calibrated before the first generation"
+        estimate = self.estimate(
+            pool,
+            pool.put(theta),
+            version=step,
+            batch=problems("train", range(step * self.batch_size, (step + 1) * self.batch_size)),
+            generation=step,
+            sigma=self._sigma * self.config.sigma_schedule.factor(progress),
+        )
+        if estimate.direction is not None:
+            yield estimate.direction
+        return Report(estimate.record, estimate.costs)
 
     def estimate(
         self, pool: CallRunner, theta: Any, version: int, batch: Sequence[Problem], generation: int, sigma: float
@@ -120,11 +119,15 @@ class EvolutionStrategies:
     def with_population(self, size: int) -> EvolutionStrategies:
         """The same method with `size` members that all answer the same prompts."""
         config = self.config.model_copy(update={"population": size, "sharing": "population"})
-        return EvolutionStrategies(config, chunk=self.chunk, sampling=self._sampling)
+        return EvolutionStrategies(config, chunk=self.chunk, sampling=self._sampling, sigma=self._sigma)
 
     def with_chunk(self, size: int) -> EvolutionStrategies:
         """The same method with `size` members in a chunk."""
-        return EvolutionStrategies(self.config, chunk=size, sampling=self._sampling)
+        return EvolutionStrategies(self.config, chunk=size, sampling=self._sampling, sigma=self._sigma)
+
+    def with_sigma(self, sigma: float) -> EvolutionStrategies:
+        """The same method, beginning at this sigma."""
+        return EvolutionStrategies(self.config, chunk=self.chunk, sampling=self._sampling, sigma=sigma)
 
     def chunks(self, generation: int, sigma: float) -> list[Chunk]:
         """The generation's chunks: a function of the config alone, not of the workers."""
@@ -162,54 +165,6 @@ class EvolutionStrategies:
         return total
 
 
-def evaluate(
-    pool: CallRunner,
-    chunks: Sequence[Chunk],
-    batch: Sequence[Problem],
-    theta: Any,
-    version: int,
-    upcoming: Sequence[Chunk] = (),
-) -> list[ChunkResult]:
-    """Have chunks evaluated around theta; the results in the order of the chunks. Raises ValueError where the verifier
-    failed on most rollouts: what the others are worth says nothing then.
-
-    The largest chunks are begun first, so that none of them is still at work when all others are done. `upcoming` will
-    be evaluated after them. A worker is told which chunk it will probably be given next, the one as many places on as
-    there are workers, so that it can get ready for it while it generates.
-    """
-    order = sorted(range(len(chunks)), key=lambda place: -work(chunks[place], batch))
-    begun = [chunks[place] for place in order]
-    following = [*begun, *upcoming][pool.size :]
-    notes = [(chunk.generation, chunk.sigma, chunk.members) for chunk in following] + [None] * pool.size
-    shared = pool.put(list(batch))
-    results = pool.run(
-        [
-            Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead))
-            for chunk, ahead in zip(begun, notes, strict=False)
-        ]
-    )
-    _check_scored(results)
-    by_place = dict(zip(order, results, strict=True))
-    return [by_place[place] for place in range(len(chunks))]
-
-
-def _check_scored(results: Sequence[ChunkResult]) -> None:
-    failures = Counter({failure: count for failure, count in _failures(results).items() if failure[1] != NO_SCORE})
-    rollouts = sum(result.rewards.size for result in results)
-    if failures.total() > MOST_FAILURES * rollouts:
-        kinds = ", ".join(f"{verifier}: {kind} {count}" for (verifier, kind), count in failures.most_common())
-        error = next((result.error for result in results if result.error is not None), "none was given")
-        raise ValueError(
-            f"task: {failures.total()} of {rollouts} rollouts could not be scored ({kinds}); one error: {error}"
-        )
-
-
-def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
-    """The most tokens a chunk can take: those of its prompts, and of answers as long as they may be."""
-    answer = chunk.sampling.samples * chunk.sampling.max_tokens
-    return sum(len(batch[place].prompt_ids) + answer for places in chunk.problems for place in places)
-
-
 def whole_pairs(rewards: Array, members: Sequence[Member]) -> Array:
     """Rewards (N, P) with a member without any score taken out together with its mirror image."""
     missing = {member.pair for member, row in zip(members, rewards, strict=True) if np.isnan(row).all()}
@@ -232,58 +187,9 @@ def _record(
         "chunks": [len(chunk.members) for chunk in chunks],
         "prompts": [problem.example.id for problem in batch],
         "rewards": [[None if np.isnan(value) else value for value in row] for row in rewards.tolist()],
-        "reward_mean": _mean(values),
+        "reward_mean": mean(values),
         "reward_best": float(np.nanmax(values)) if not np.isnan(values).all() else None,
         "fitness_spread": shaping.spread(values),
-        "accuracy": _mean(np.concatenate([result.accuracy.ravel() for result in results])),
-        "components": mean_components(results),
-        "tokens": int(sum(result.tokens.sum() for result in results)),
-        "prompt_tokens": sum(result.prompt_tokens for result in results),
-        "truncated": sum(result.truncated for result in results),
-        "looped": sum(result.looped for result in results),
-        "failures": failures_by_verifier(results),
-        "times": _phase_times(results),
+        "constant_members": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
+        **figures(results),
     }
-
-
-def total_costs(results: Sequence[ChunkResult]) -> Costs:
-    """What the chunks cost together."""
-    return sum((result.costs for result in results), Costs())
-
-
-def _phase_times(results: Sequence[ChunkResult]) -> dict[str, float]:
-    """Seconds of work in each phase, summed over chunks."""
-    return {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds}
-
-
-def mean_of_samples(values: Array) -> Array:
-    """Means (k, P) over the scored samples of values (k, P, n); NaN where none is scored."""
-    return shaping.fitness(values.reshape(-1, values.shape[-1])).reshape(values.shape[:-1])
-
-
-def failures_by_verifier(results: Sequence[ChunkResult]) -> dict[str, dict[str, int]]:
-    """The rollouts without a score, by verifier or part of a sum, then by kind."""
-    return by_verifier(_failures(results))
-
-
-def _failures(results: Sequence[ChunkResult]) -> Counter[tuple[str, str]]:
-    failures: Counter[tuple[str, str]] = Counter()
-    for result in results:
-        failures.update(result.failures)
-    return failures
-
-
-def mean_components(results: Sequence[ChunkResult]) -> dict[str, float | None]:
-    """The mean of each named reward component over all rollouts that have it."""
-    names = sorted({name for result in results for name in result.components})
-    return {
-        name: _mean(
-            np.concatenate([result.components[name].ravel() for result in results if name in result.components])
-        )
-        for name in names
-    }
-
-
-def _mean(values: Array) -> float | None:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else None

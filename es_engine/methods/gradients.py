@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from es_engine.methods.es import CallRunner
+from es_engine.methods.base import CallRunner
 from workers.engine import Vector
 from workers.gradient import Loss
 from workers.pool import Call

@@ -10,7 +10,7 @@ Line = Mapping[str, Any]
 
 
 class GenerationLine(TypedDict):
-    """What is told of a generation, None where there is no such figure (no rollout was scored).
+    """What is told of a generation, None where there is no such figure (no rollout was scored, or the method has none).
 
     Counts and times are this generation's unless said otherwise.
     """
@@ -28,10 +28,11 @@ class GenerationLine(TypedDict):
     seconds: float
     seconds_rollouts: float
     seconds_update: float
-    sigma: float
+    sigma: float | None
     lr: float
     theta_rms: float
-    constant_members: int  # members whose rewards were all equal
+    constant_members: int | None  # members whose rewards were all equal
+    learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
     worker_restarts: int  # since this process started
     eta_seconds: float | None

@@ -47,6 +47,7 @@ class PrometheusTelemetry:
         self._failures = _counter(
             "verifier_failures", "Rollouts that a verifier left without a score.", registry, "verifier", "kind"
         )
+        self._learning = _gauge("learning", "Figures of the last step of a gradient method.", registry, "figure")
         self._evaluation = _gauge("evaluation", "Figures of the last held-out evaluation.", registry, "figure")
         try:
             self._server, self._thread = start_http_server(port, HOST, registry)
@@ -69,6 +70,8 @@ class PrometheusTelemetry:
         self._restarts_told = line["worker_restarts"]
         for component, value in line["components"].items():
             self._components.labels(component).set(_figure(value))
+        for figure, value in line["learning"].items():
+            self._learning.labels(figure).set(_figure(value))
         for measure, value in line["spent"].items():
             self._spent.labels(measure).set(value)
         for verifier, kinds in line["failures"].items():

@@ -24,7 +24,7 @@ TAGS = {
     "seconds_update": "seconds/update",
     "worker_restarts": "failures/worker_restarts",
 }
-MAPPINGS = ("components", "failures", "spent")
+MAPPINGS = ("components", "failures", "spent", "learning")
 
 
 class TensorBoardTelemetry:
