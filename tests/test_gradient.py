@@ -292,7 +292,7 @@ def test_a_sample_that_cannot_be_is_refused(build: Callable[[], Any], words: str
 
 
 class ModelRunner:
-    """Workers that share a model, of which call number i goes to one that was left wearing something else."""
+    """Workers that share a model, which does the last call first."""
 
     def __init__(self, model: GradientModel, size: int) -> None:
         self.model, self.size = model, size
@@ -309,7 +309,7 @@ class ModelRunner:
     def _carry_out(self, call: Call) -> Any:
         if call.method == "logprobs":
             found, theta, _, temperature = call.arguments
-            return self.model.logprobs(found, temperature, adapter=theta is not None)
+            return self.model.logprobs(found, temperature, adapter=theta is not None), 0.5
         loss, found, _, _ = call.arguments
         return self.model.gradient(loss, found)
 
@@ -352,8 +352,9 @@ def test_the_pools_logprobs_are_in_the_order_of_the_samples(model: GradientModel
     for theta in (center(space), None):
         expected = model.logprobs(samples(), 0.8, adapter=theta is not None)
         found = gradients.logprobs(ModelRunner(model, 2), samples(), theta, 0, max_tokens=32, temperature=0.8)
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(found.rows, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
+        assert (found.tokens, found.seconds) == (sum(map(sum, LENGTHS)), 4 * 0.5)
 
 
 class OnOneWorker:
@@ -406,7 +407,7 @@ def two_workers(folder: Path, space: LoraSpace) -> Pool:
 
 
 def on_runner(pool: CallRunner, space: LoraSpace, theta: Any) -> tuple[gradients.Gradient, list[Vector]]:
-    rows = gradients.logprobs(pool, samples(), None, -1, max_tokens=32)
+    rows = gradients.logprobs(pool, samples(), None, -1, max_tokens=32).rows
     return gradients.gradient(pool, reverse_kl, samples(), theta, 3, dim=space.dim, max_tokens=32), rows
 
 
