@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,19 @@ def test_samples_belong_to_their_request(engine: HfEngine) -> None:
     greedy = ordered(engine, requests, Sampling(max_tokens=8))
     sampled = ordered(engine, requests, Sampling(max_tokens=8, samples=3, temperature=1.0, top_p=1e-6))
     assert [each.token_ids for each in sampled] == [each.token_ids for each in greedy for _ in range(3)]
+
+
+def test_logprobs_of_completions_are_those_of_their_tokens(engine: HfEngine) -> None:
+    """Whatever the temperature, and with padding on the left of all prompts but one."""
+    prompts = random_prompts(5, 30)
+    requests = [Request(slot, prompt, 11) for slot in (0, 2, None) for prompt in prompts]
+    lean = Sampling(max_tokens=12, samples=2, temperature=0.7, top_p=0.9, stop=("\n",), max_repeats=2)
+    asked = ordered(engine, requests, replace(lean, logprobs=True))
+    assert [replace(each, logprobs=None) for each in asked] == ordered(engine, requests, lean)
+    for each in asked:
+        request = requests[each.request]
+        (whole,) = engine.logprobs([replace(request, prompt_ids=request.prompt_ids + each.token_ids)])
+        np.testing.assert_allclose(each.logprobs, whole[len(request.prompt_ids) - 1 :], atol=1e-6)
 
 
 def test_half_precision_is_loaded_when_asked_for(random_llama: Path, space: LoraSpace, engine: HfEngine) -> None:

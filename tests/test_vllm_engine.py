@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -333,6 +333,24 @@ def test_samples_belong_to_their_request(engine: VllmEngine) -> None:
     assert [ids for _, _, ids, *_ in sampled] == [ids for _, _, ids, *_ in greedy for _ in range(3)]
 
 
+@pytest.mark.parametrize("stop", ["\n", "ab"], ids=["found by its tokens", "found in the text"])
+def test_logprobs_of_completions_are_the_models_own(engine: VllmEngine, hf: HfEngine, stop: str) -> None:
+    """Those of a prompt that goes on with the tokens, whatever they were sampled with."""
+    requests = uneven((0, 3, None))
+    lean = Sampling(max_tokens=16, samples=2, temperature=0.6, top_p=0.8, stop=(stop,), max_repeats=3)
+    asked = list(engine.generate(requests, replace(lean, logprobs=True)))
+    assert as_rows(asked) == texts(engine, requests, lean)
+    assert all(each.logprobs is None for each in engine.generate(requests[:1], lean))
+    wholes = [
+        replace(requests[each.request], prompt_ids=requests[each.request].prompt_ids + each.token_ids) for each in asked
+    ]
+    found = [np.array(each.logprobs) for each in asked]
+    for reference in (engine, hf):
+        rows = reference.logprobs(wholes)
+        said = [row[-len(each.token_ids) :] for row, each in zip(rows, asked, strict=True)]
+        assert differences(found, said).max() < FLOAT32_TOLERANCE
+
+
 def test_the_largest_seed_is_accepted(engine: VllmEngine) -> None:
     sampling = Sampling(max_tokens=4, samples=3, temperature=0.7, top_p=0.9)
     assert len(texts(engine, [Request(0, (5, 6, 7), seed=2**63 - 1)], sampling)) == 3
@@ -356,6 +374,29 @@ def test_generation_given_up_leaves_nothing_behind(engine: VllmEngine, hf: HfEng
         list(engine.generate([Request(0, (5, 6)), Request(1, (5,) * 300)], GREEDY))
     fewer = uneven((2, 1))
     assert texts(engine, fewer) == texts(hf, fewer)
+
+
+# Sleep
+
+
+def test_a_rested_engine_goes_on_with_its_slots(
+    engine: VllmEngine, hf: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the memory stays where it is, but all else is as on a GPU."""
+    monkeypatch.setattr(engine, "_rests", True)
+    requests = uneven((0, 1, None))
+    members = (Member(8, 1), Member(8, -1))
+    engine.prepare(0, SIGMA, members)
+    for _ in range(2):
+        engine.rest()
+    assert engine._llm.llm_engine.is_sleeping()
+    np.testing.assert_array_equal(engine.noise_sum(0, [3], [1.0]), hf.noise_sum(0, [3], [1.0]))
+    for _ in range(2):
+        engine.wake()
+    assert texts(engine, requests) == texts(hf, requests)
+    for each in (engine, hf):
+        each.write_slots(0, SIGMA, members)
+    assert texts(engine, requests) == texts(hf, requests)
 
 
 # The prefix cache

@@ -143,10 +143,12 @@ class Worker:
 
     def logprobs(
         self, samples: Sequence[Sample], theta: Vector | None, version: int, temperature: float = 1.0
-    ) -> list[Vector]:
-        """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model."""
-        model = self._gradients_at(theta, version)
-        return model.logprobs(samples, temperature, adapter=theta is not None)
+    ) -> tuple[list[Vector], float]:
+        """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model. And the
+        seconds that it took."""
+        started = time.perf_counter()
+        rows = self._gradients_at(theta, version).logprobs(samples, temperature, adapter=theta is not None)
+        return rows, time.perf_counter() - started
 
     def release_gradients(self) -> None:
         """Drop the model that gradients are taken with; the next gradient builds it again."""

@@ -40,6 +40,16 @@ class Batch:
     mask: torch.Tensor
     values: Mapping[str, torch.Tensor]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.token_ids.to(device),
+            self.predicts.to(device),
+            self.completion_ids.to(device),
+            self.mask.to(device),
+            {name: value.to(device) for name, value in self.values.items()},
+        )
+
     def spread(self, flat: torch.Tensor) -> torch.Tensor:
         """What holds for the n completion tokens, (n,) or (n, V), as (S, T) or (S, T, V), zero at padding."""
         spread = flat.new_zeros(*self.mask.shape, *flat.shape[1:])
@@ -47,29 +57,22 @@ class Batch:
         return spread
 
 
-def collate(samples: Sequence[Sample], device: str | torch.device = "cpu") -> Batch:
+def collate(samples: Sequence[Sample]) -> Batch:
     """The tensors of samples. Raises ValueError where one has other values than the first."""
-    names = samples[0].values.keys()
-    if any(sample.values.keys() != names for sample in samples):
-        raise ValueError(f"sample: all samples of a batch need the same values, and the first has {', '.join(names)}")
-    prompts = [len(sample.prompt_ids) for sample in samples]
-    lengths = [len(sample.completion_ids) for sample in samples]
-    ends = torch.tensor([sample.tokens for sample in samples])
-    first = torch.tensor(prompts) - 1
-    place = torch.arange(int(ends.max()))
-    batch = Batch(
-        token_ids=_padded([sample.prompt_ids + sample.completion_ids for sample in samples]),
-        predicts=(place >= first[:, None]) & (place < ends[:, None] - 1),
-        completion_ids=_padded([sample.completion_ids for sample in samples]),
-        mask=torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
-        values={name: _stacked([sample.values[name] for sample in samples]) for name in names},
-    )
+    kinds = [{name: np.ndim(value) for name, value in sample.values.items()} for sample in samples]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(
+            f"sample: the samples of a batch need the same values, and the first has {', '.join(kinds[0]) or 'none'}"
+        )
+    first = torch.tensor([len(sample.prompt_ids) for sample in samples])[:, None]
+    end = torch.tensor([sample.tokens for sample in samples])[:, None]
+    place = torch.arange(int(end.max()))
     return Batch(
-        batch.token_ids.to(device),
-        batch.predicts.to(device),
-        batch.completion_ids.to(device),
-        batch.mask.to(device),
-        {name: value.to(device) for name, value in batch.values.items()},
+        token_ids=_padded([sample.prompt_ids + sample.completion_ids for sample in samples]),
+        predicts=(first <= place + 1) & (place + 1 < end),
+        completion_ids=_padded([sample.completion_ids for sample in samples]),
+        mask=torch.arange(int((end - first).max())) < end - first,
+        values={name: _stacked([sample.values[name] for sample in samples]) for name in kinds[0]},
     )
 
 
@@ -149,14 +152,14 @@ class GradientModel:
     @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0, *, adapter: bool = True) -> list[Vector]:
         """Log-probabilities of each sample's completion tokens; without the adapter, the base model's."""
-        batch = collate(samples, self._device)
+        batch = collate(samples).to(self._device)
         found = Outputs(self, batch, adapter=adapter).logprobs(temperature).float().cpu().numpy()
         return [row[: len(sample.completion_ids)] for row, sample in zip(found, samples, strict=True)]
 
     def gradient(self, loss: Loss, samples: Sequence[Sample]) -> PartialGradient:
         """The gradient of a loss over samples; the same bits for the same theta and samples on the same kind of
         machine."""
-        batch = collate(samples, self._device)
+        batch = collate(samples).to(self._device)
         with _deterministic(self._device):
             value, metrics = loss(Outputs(self, batch), batch)
             slopes = torch.autograd.grad(value, self._factors)

@@ -156,8 +156,11 @@ class HfEngine:
         """A context in which the model wears a slot's adapter, or none."""
         if slot is None:
             return self._model.disable_adapter()
-        put_on(self._model, self._space, self._thetas[slot])
+        self._load(self._thetas[slot])
         return nullcontext()
+
+    def _load(self, theta: Vector) -> None:
+        put_on(self._model, self._space, theta)
 
 
 def _loop(ids: Sequence[int], sampling: Sampling) -> int | None:

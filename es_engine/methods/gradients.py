@@ -35,6 +35,16 @@ class Gradient:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """Log-probabilities (T,) of each sample's completion tokens, in the order of the samples; the tokens that the model
+    read, and the seconds that workers spent."""
+
+    rows: list[Vector]
+    tokens: int
+    seconds: float
+
+
 def gradient(
     pool: CallRunner,
     loss: Loss,
@@ -63,7 +73,7 @@ def gradient(
         seconds += part.seconds
         for name, number in part.metrics.items():
             metrics[name] += number
-    return Gradient(total.astype(np.float32), value, dict(metrics), sum(sample.tokens for sample in samples), seconds)
+    return Gradient(total.astype(np.float32), value, dict(metrics), _tokens(samples), seconds)
 
 
 def logprobs(
@@ -74,18 +84,24 @@ def logprobs(
     *,
     max_tokens: int,
     temperature: float = 1.0,
-) -> list[Vector]:
-    """Log-probabilities (T,) of each sample's completion tokens at theta (as the pool shares it); where theta is None,
-    by the base model."""
+) -> LogProbs:
+    """Log-probabilities of the samples' completions at theta (as the pool shares it, `version` names it); where theta
+    is None, by the base model."""
     batches = micro_batches(samples, max_tokens)
     calls = [
         Call(f"log-probs {number}", "logprobs", ([samples[place] for place in places], theta, version, temperature))
         for number, places in enumerate(batches)
     ]
     found: dict[int, Vector] = {}
-    for places, rows in zip(batches, pool.run(calls), strict=True):
+    seconds = 0.0
+    for places, (rows, spent) in zip(batches, pool.run(calls), strict=True):
         found.update(zip(places, rows, strict=True))
-    return [found[place] for place in range(len(samples))]
+        seconds += spent
+    return LogProbs([found[place] for place in range(len(samples))], _tokens(samples), seconds)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.tokens for sample in samples)
 
 
 def _in_waves(pool: CallRunner, calls: Sequence[Call], size: int) -> Iterator[Any]:
