@@ -25,6 +25,8 @@ from rollouts import MODELS, Model
 
 from es_engine import load_config, trainer
 from es_engine.ledger import Ledger
+from es_engine.methods.es import EvolutionStrategies
+from es_engine.run_folder import RunFolder
 from es_engine.session import Session, gather
 from es_engine.telemetry import open_telemetry
 
@@ -63,7 +65,7 @@ def phases(model: Model, prompts: int, repeats: int) -> list[Row]:
         ledger, state = Ledger(Path(folder) / "ledger.jsonl"), trainer._beginning(session.materials)
         for _ in range(1 + repeats):
             started = time.perf_counter()
-            trainer._generation(session, ledger, state, telemetry)
+            trainer._generation(session, RunFolder(Path(folder)), ledger, state, telemetry)
             found.append(by_phase(ledger.lines[-1]["times"], time.perf_counter() - started))
     seconds = {phase: statistics.median(times[phase] for times in found[1:]) for phase in found[0]}
     shares = {phase: [times[phase] / times["all"] for times in found[1:]] for phase in found[0]}
@@ -96,13 +98,14 @@ def by_phase(times: dict[str, float], wall: float) -> dict[str, float]:
 def ways(model: Model, prompts: int, repeats: int) -> list[Row]:
     """Whole generations by way, in turns."""
     materials = gather(config_of(model, prompts))
-    sigma = materials.config.method.sigma
-    problems, sampling = materials.problems("train", range(prompts)), materials.method.chunks(0, 0.0)[0].sampling
+    method = materials.method
+    assert isinstance(method, EvolutionStrategies)
+    problems, sampling = materials.problems("train", range(prompts)), method.chunks(0, 0.0)[0].sampling
     engines: dict[Kind, Engine] = {}
     try:
         for kind in WAYS:
             engines[kind] = Engine(setup(model, materials.model, kind))
-            engines[kind].call("take_on", problems, sampling, materials.task.verifier, sigma)
+            engines[kind].call("take_on", problems, sampling, materials.task.verifier, method.config.sigma)
         work = {kind: partial(engine.call, "whole_generation", MEMBERS) for kind, engine in engines.items()}
         timings = take_turns(work, repeats)  # type: ignore[arg-type]
     finally:

@@ -26,6 +26,7 @@ from harness import Options, Row, draw, options, report
 
 from es_engine import load_config, train
 from es_engine.ledger import Ledger
+from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.rollouts import evaluate
 from es_engine.session import Session
 from workers.chunks import ChunkResult
@@ -71,7 +72,7 @@ def rollouts(workers: int, generations: int) -> Row:
     population = MEMBERS_PER_WORKER * workers
     config = load_config(CONFIG, [*SIMULATED, *simulated(workers, chunk=2), f"method.population={population}"])
     with Session(config, print) as session, peaks() as peak:
-        method, pool = session.materials.method, session.pool
+        method, pool = evolution(session), session.pool
         theta = pool.put(session.materials.space.start())
         problems = session.materials.problems("train", range(method.batch_size))
         found = []
@@ -81,6 +82,11 @@ def rollouts(workers: int, generations: int) -> Row:
             found.append(shares(results, workers, time.perf_counter() - started, time.process_time() - cpu))
     medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
     return {"workers": workers, "members": population, **medians, "driver, GiB": peak.own / 2**30}
+
+
+def evolution(session: Session) -> EvolutionStrategies:
+    assert isinstance(session.materials.method, EvolutionStrategies)
+    return session.materials.method
 
 
 def simulated(workers: int, chunk: int) -> list[str]:
@@ -196,7 +202,7 @@ def speed(workers: int, generations: int, short: bool) -> float:
     smaller = ["method.population=32", "method.prompts=48", "engine.chunk=8"] if short else []
     config = load_config(CONFIG, [*TINY, f"pool.workers={workers}", *smaller])
     with Session(config, print) as session:
-        method = session.materials.method
+        method = evolution(session)
         theta = session.pool.put(session.materials.space.start())
         problems = session.materials.problems("train", range(method.batch_size))
         speeds = []

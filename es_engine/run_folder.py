@@ -85,8 +85,9 @@ class RunFolder:
         """The run's evaluations so far."""
         return Ledger(self.eval_file)
 
-    def save_checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep theta and the optimizer's state after `step` steps, and the checkpoint before, and no more."""
+    def save_checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], every: int | None = None) -> None:
+        """Keep theta and the optimizer's state after `step` steps, the checkpoint before, those of every so manieth
+        step if `every` is given, and no more."""
 
         def write(folder: Path) -> None:
             # As bytes, because safetensors' own writing to a file hides the OSError of a full disk.
@@ -95,7 +96,8 @@ class RunFolder:
 
         write_folder(self.checkpoints / f"step-{step:06d}", write)
         for old in self._checkpoint_folders()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            if every is None or _step_of(old) % every:
+                shutil.rmtree(old)
 
     def load_checkpoint(self, most: int) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The latest readable checkpoint of at most `most` steps: its step and tensors."""
@@ -108,6 +110,11 @@ class RunFolder:
                 except (SafetensorError, OSError):
                     continue  # damaged: an earlier one, or the ledger alone, gives the same theta
         return None
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of which there are checkpoints, readable or not, in order."""
+        return [_step_of(folder) for folder in self._checkpoint_folders()]
 
     def _checkpoint_folders(self) -> list[Path]:
         return sorted((folder for folder in self.checkpoints.glob("step-*") if not folder.suffix), key=_step_of)

@@ -8,9 +8,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 
-from es_engine.config import Config
+from es_engine.config import Config, EsMethodConfig
 from es_engine.methods import chunk_size
+from es_engine.methods.base import Method
 from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.grpo import Grpo
+from es_engine.methods.updates import Updates
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Split, Task
 from workers.actor import WorkerSetup
@@ -34,7 +37,7 @@ class Materials:
     task: Task
     model: Path
     space: LoraSpace
-    method: EvolutionStrategies
+    method: Method
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -65,16 +68,24 @@ def gather(config: Config) -> Materials:
         rank=config.space.rank,
         alpha=config.space.alpha,
         train=config.space.train,
-        units=config.space.units,
+        units=config.space.units or ("weight" if config.method.kind == "es" else "raw"),
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    chunk = config.engine.chunk
-    if chunk == "auto":  # until it is settled
-        chunk = chunk_size.most_slots(config.method.population, space)
-    sampled = sampling(config, task, config.method.samples, config.method.temperature, config.method.top_p)
-    method = EvolutionStrategies(config.method, chunk=chunk, sampling=sampled)
-    return Materials(config, task, model, space, method)
+    return Materials(config, task, model, space, _build_method(config, task, model, space))
+
+
+def _build_method(config: Config, task: Task, model: Path, space: LoraSpace) -> Method:
+    method = config.method
+    sampled = sampling(config, task, method.samples, method.temperature, method.top_p)
+    if isinstance(method, EsMethodConfig):
+        chunk = config.engine.chunk
+        if chunk == "auto":  # until it is settled
+            chunk = chunk_size.most_slots(method.population, space)
+        return EvolutionStrategies(method, chunk=chunk, sampling=sampled)
+    parameters = multiplying_parameters(model)
+    updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
+    return Grpo(method, sampled, updates)
 
 
 def sampling(config: Config, task: Task, samples: int, temperature: float, top_p: float = 1.0) -> Sampling:
@@ -98,7 +109,7 @@ class Session:
             self.materials.space,
             self.materials.model_fingerprint,
             tuple(problem.prompt_ids for problem in canary),
-            slots=self.materials.method.chunk,
+            slots=self.materials.method.slots,
             parameters=multiplying_parameters(self.materials.model),
         )
         self.pool = Pool(setup, notify)
@@ -107,9 +118,9 @@ class Session:
         """Replace `engine.chunk: auto`, in the config too, by the size that this pool is fastest with."""
         found = self.materials
         config, method = found.config, found.method
-        if config.engine.chunk != "auto":
+        if config.engine.chunk != "auto" or not isinstance(method, EvolutionStrategies):
             return
-        sigma = config.method.sigma if config.method.sigma != "auto" else min(config.method.probe_sigmas)
+        sigma = method.config.sigma if method.config.sigma != "auto" else min(method.config.probe_sigmas)
         size = chunk_size.find(
             method,
             self.pool,

@@ -77,9 +77,11 @@ def resume(run_dir: Path | str) -> Run:
 
 
 def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Path:
-    """Rebuild theta after `step` steps from config, base model and ledger alone; the folder of its adapter.
+    """Rebuild theta after `step` steps from config, base model and ledger alone, or from a checkpoint where the method
+    takes gradients; the folder of its adapter.
 
-    Raises ValueError if the run has no such step, or if the model or the ledger is not what it was.
+    Raises ValueError if the run has no such step, or no checkpoint where it needs one, or if the model or the ledger is
+    not what it was.
     """
     folder = RunFolder(Path(run_dir))
     ledger = folder.open_ledger()
@@ -87,12 +89,24 @@ def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Pat
         raise ValueError(f"--step: {run_dir} has steps 0 to {len(ledger.generations)}, not {step}")
     materials = gather(folder.load_config())
     _check_header(materials, ledger)
-    state = _beginning(materials)
-    for line in ledger.generations[:step]:
-        _redo(materials, state, line)
+    state = _at(materials, folder, ledger, step)
     target = Path(out) if out is not None else folder.path / "replay" / f"step-{step:06d}"
     _save_adapter(materials, state.theta, target)
     return target
+
+
+def _at(materials: Materials, folder: RunFolder, ledger: Ledger, step: int) -> State:
+    lines = ledger.generations[:step]
+    state = _beginning(materials)
+    if not isinstance(materials.method, EvolutionStrategies) and step:
+        found = _from_checkpoint(materials, folder, lines)
+        if found is None or found.step != step:
+            kept = ", ".join(map(str, folder.checkpoint_steps)) or "none"
+            raise ValueError(f"--step: {materials.config.method.kind} is replayed from checkpoints; there are {kept}")
+        return found
+    for line in lines:
+        _redo(materials, state, line)
+    return state
 
 
 def restore(materials: Materials, folder: RunFolder, ledger: Ledger) -> State:
@@ -115,12 +129,12 @@ def _run(session: Session, folder: RunFolder, ledger: Ledger, state: State, noti
         _settle_sigma(session, ledger, state, telemetry)
         while not _spent(materials.config, state):
             _evaluate_if_due(session, folder, state, telemetry)
-            _generation(session, ledger, state, telemetry)
+            _generation(session, folder, ledger, state, telemetry)
         _evaluate_if_due(session, folder, state, telemetry, final=True)
         _save_adapter(materials, state.theta, folder.adapter)
 
 
-def _generation(session: Session, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
+def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
     """One step: find directions, move theta, write it down."""
     started = time.perf_counter()
     materials, step = session.materials, state.step
@@ -140,6 +154,8 @@ def _generation(session: Session, ledger: Ledger, state: State, telemetry: Telem
         "restarts": session.pool.restarts,
     }
     line["times"]["total"] = time.perf_counter() - started
+    if not isinstance(materials.method, EvolutionStrategies):
+        _checkpoint(folder, state, config)  # before its line: without the rollouts, nothing else leads there again
     ledger.append(line)
     telemetry.generation(_telemetry_line(config, state, line, ledger))
 
@@ -200,9 +216,10 @@ def _from_checkpoint(materials: Materials, folder: RunFolder, lines: list[Line])
     return State(step, theta, optimizer, running_costs(lines[:step])[-1])
 
 
-def _checkpoint(folder: RunFolder, state: State) -> None:
+def _checkpoint(folder: RunFolder, state: State, config: Config) -> None:
     moments = {f"optimizer.{name}": tensor for name, tensor in state.optimizer.state().items()}
-    folder.save_checkpoint(state.step, {"theta": torch.from_numpy(state.theta), **moments})
+    lasting = None if config.method.kind == "es" else config.evaluation.every
+    folder.save_checkpoint(state.step, {"theta": torch.from_numpy(state.theta), **moments}, every=lasting)
 
 
 def _header(materials: Materials, state: State) -> Line:
@@ -277,7 +294,7 @@ def _evaluate_if_due(
     if _is_best(line, evaluations.lines):
         _save_adapter(session.materials, state.theta, folder.best)
     if state.step:
-        _checkpoint(folder, state)
+        _checkpoint(folder, state, config)
     evaluations.append(line)
     telemetry.evaluation(line)
 

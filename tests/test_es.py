@@ -257,6 +257,8 @@ def test_the_record_tells_the_generation() -> None:
         "fitness_spread": 0.5,
         "accuracy": 1.0,
         "components": {"exact": 1.0},
+        "constant_members": 0,
+        "rollouts": 6 * 2 * 3,
         "tokens": 6 * 2 * 3 * 3,
         "prompt_tokens": 6 * (1 + 2),
         "truncated": 2,

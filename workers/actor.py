@@ -246,7 +246,8 @@ def _noise_cache_bytes(setup: WorkerSetup) -> int:
     assert config.engine.kind != "simulated"
     if config.engine.noise_cache_gib is not None:
         return int(config.engine.noise_cache_gib * GIB)
-    wanted = 4 * setup.space.dim * (config.method.population + setup.slots)
+    population = config.method.population if config.method.kind == "es" else 0
+    wanted = 4 * setup.space.dim * (population + setup.slots)
     neighbours = max(1, (os.cpu_count() or 1) // config.pool.threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(wanted, memory // 8 // neighbours)
@@ -296,5 +297,5 @@ def _outcome(completion: Completion, score: Score) -> Outcome:
         tokens=len(completion.token_ids),
         truncated=completion.finish_reason == "length",
         looped=completion.finish_reason == "repetition",
-        transcript=Transcript(completion.text, score.notes),
+        transcript=Transcript(completion.text, score.notes, completion),
     )

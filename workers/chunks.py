@@ -64,10 +64,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What is kept of a rollout for people to read: its text, the verifier's notes and, of a game, the whole chat."""
+    """What is kept of a rollout: its text, the verifier's notes and the completion itself or, of a game, the whole
+    chat."""
 
     text: str
     notes: dict[str, Any] = field(default_factory=dict)
+    completion: Completion | None = None
     messages: tuple[Message, ...] | None = None
 
 

@@ -33,6 +33,10 @@ class Sample:
                     f"({len(self.completion_ids)},), one number for each token of the completion"
                 )
 
+    def with_value(self, name: str, value: Value) -> Sample:
+        """The same with one more value."""
+        return Sample(self.prompt_ids, self.completion_ids, {**self.values, name: value})
+
     @property
     def tokens(self) -> int:
         """Tokens of prompt and completion."""

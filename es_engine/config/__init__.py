@@ -5,7 +5,7 @@ from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.loading import dump_config, load_config, load_task, parse_config, task_kinds
-from es_engine.config.method import EsMethodConfig
+from es_engine.config.method import EsMethodConfig, GrpoMethodConfig
 from es_engine.config.model import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from es_engine.config.optimizer import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
 from es_engine.config.pool import PoolConfig
@@ -45,6 +45,7 @@ __all__ = [
     "EsMethodConfig",
     "EvaluationConfig",
     "FieldDoc",
+    "GrpoMethodConfig",
     "GuessTaskConfig",
     "HfEngineConfig",
     "LoraSpaceConfig",

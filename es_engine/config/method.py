@@ -66,3 +66,66 @@ class EsMethodConfig(ConfigModel):
         if self.sigma_schedule.warmup > 0:
             raise problem("sigma_schedule.warmup", self.sigma_schedule.warmup, "0, for sigma cannot rise from 0")
         return self
+
+
+Clip = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], PositiveFloat], Field(strict=False)]
+
+
+class GradientMethodConfig(ConfigModel):
+    """What every method that takes gradients has."""
+
+    micro_batch_tokens: PositiveInt = Field(
+        default=4096, description="Tokens, with padding, of the samples that a worker takes a gradient on at a time."
+    )
+    max_norm: PositiveFloat | None = Field(
+        default=1.0, description="Norm to which longer gradients are shortened; null leaves them as they are."
+    )
+
+
+class GrpoMethodConfig(GradientMethodConfig):
+    """Group relative policy optimisation (Shao et al., arXiv 2402.03300) and its descendants."""
+
+    kind: Literal["grpo"] = Field(
+        default="grpo", description="GRPO: rewards of a prompt's completions, relative to each other."
+    )
+    prompts: PositiveInt = Field(default=32, description="Prompts in a step.")
+    samples: Annotated[int, Field(ge=2)] = Field(default=8, description="Completions of each prompt: its group.")
+    temperature: PositiveFloat = Field(default=1.0, description="Sampling temperature.")
+    top_p: Fraction = Field(default=1.0, description="Nucleus sampling: the probability mass that is kept.")
+    chunk: PositiveInt = Field(default=8, description="Prompts whose completions are drawn in one engine call.")
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = Field(
+        default="dapo", description="How a step's tokens are averaged, and what a probability ratio is of."
+    )
+    scale_rewards: Literal["std", "none"] | None = Field(
+        default=None,
+        description="What a reward's distance from its group's mean is divided by; null: none for dr_grpo, else std.",
+    )
+    clip: Clip = Field(default=(0.2, 0.2), description="How far a probability ratio may fall below 1 and rise above 1.")
+    beta: NonNegativeFloat = Field(default=0.0, description="Weight of the KL divergence from the base model.")
+    epochs: PositiveInt = Field(default=1, description="Passes over a step's completions.")
+    minibatches: PositiveInt = Field(default=1, description="Updates of theta in a pass.")
+    importance_cap: PositiveFloat | None = Field(
+        default=2.0,
+        description="Most that a token counts for being likelier to the trainer than to the engine; null: all count 1.",
+    )
+    mask_truncated: bool = Field(default=False, description="Learn nothing from completions that max_tokens ended.")
+
+    @model_validator(mode="after")
+    def _minibatches_have_prompts(self) -> Self:
+        if self.minibatches > self.prompts:
+            raise problem("minibatches", self.minibatches, f"at most prompts ({self.prompts})")
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_tells_what_it_sampled_with(self) -> Self:
+        if self.importance_cap is not None and (self.temperature, self.top_p) != (1, 1):
+            raise problem("importance_cap", self.importance_cap, "null unless temperature and top_p are 1")
+        return self
+
+    @property
+    def reward_scale(self) -> Literal["std", "none"]:
+        """`scale_rewards`, or what suits the loss."""
+        return self.scale_rewards or ("none" if self.loss == "dr_grpo" else "std")
+
+
+MethodConfig = Annotated[EsMethodConfig | GrpoMethodConfig, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from es_engine.config.base import ConfigModel, Seed, problem
 from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.method import EsMethodConfig
+from es_engine.config.method import EsMethodConfig, MethodConfig
 from es_engine.config.model import ModelConfig, TinyModelConfig
 from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
@@ -30,7 +30,7 @@ class Config(ConfigModel):
     seed: Seed = Field(default=0, description="Keys the noise, the prompts and the sampling of the run.")
     model: ModelConfig = Field(description="Which base model is post-trained.")
     space: LoraSpaceConfig = Field(default=LoraSpaceConfig(), description="What theta is.")
-    method: EsMethodConfig = Field(default=EsMethodConfig(), description="How a direction for theta is found.")
+    method: MethodConfig = Field(default=EsMethodConfig(), description="How a direction for theta is found.")
     optimizer: OptimizerConfig = Field(description="How theta steps along the direction.")
     task: TaskConfig = Field(description="The problems and how answers to them are scored.")
     pool: PoolConfig = Field(default=PoolConfig(), description="The workers and where they run.")
@@ -52,8 +52,22 @@ class Config(ConfigModel):
 
     @model_validator(mode="after")
     def _pairs_stay_in_one_chunk(self) -> Self:
-        if self.method.mirrored and self.engine.chunk != "auto" and self.engine.chunk % 2:
+        mirrored = isinstance(self.method, EsMethodConfig) and self.method.mirrored
+        if mirrored and self.engine.chunk != "auto" and self.engine.chunk % 2:
             raise problem("engine.chunk", self.engine.chunk, "an even number while method.mirrored is true")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_have_a_model_and_one_turn(self) -> Self:
+        kind = self.method.kind
+        if kind == "es":
+            return self
+        if isinstance(self.engine, SimulatedEngineConfig):
+            raise problem("engine.kind", self.engine.kind, f"vllm or hf while method.kind is {kind}")
+        if isinstance(self.task, MultiTurnTaskConfig):
+            raise problem("task.kind", self.task.kind, f"a task of one turn while method.kind is {kind}")
+        if self.pool.tensor_parallel > 1:
+            raise problem("pool.tensor_parallel", self.pool.tensor_parallel, f"1 while method.kind is {kind}")
         return self
 
     @model_validator(mode="after")

@@ -21,9 +21,10 @@ class LoraSpaceConfig(ConfigModel):
     targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = Field(
         default="all-linear", description="The adapted modules, by the ends of their names such as q_proj."
     )
-    units: Literal["weight", "raw"] = Field(
-        default="weight",
-        description="In weight units sigma is a fraction of each matrix's own RMS; raw is PEFT's own numbers.",
+    units: Literal["weight", "raw"] | None = Field(
+        default=None,
+        description="In weight units sigma is a fraction of each matrix's own RMS; raw is PEFT's own numbers, which "
+        "the usual learning rates of gradient methods are for; null: weight for es, else raw.",
     )
     seed: Seed = Field(default=0, description="Keys the random factor that is not trained.")
     init: Text | None = Field(

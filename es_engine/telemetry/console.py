@@ -88,8 +88,7 @@ def figures(line: Line) -> list[tuple[str, str]]:
     """What is shown of a generation, as names and formatted values."""
     shown = [
         ("reward", _number(line["reward_mean"])),
-        ("best", _number(line["reward_best"])),
-        ("spread", _number(line["fitness_spread"])),
+        *_of_the_method(line),
         ("accuracy", _number(line["accuracy"])),
         ("tokens/s", f"{line['tokens'] / line['seconds']:.0f}"),
         ("rollouts", f"{line['seconds_rollouts'] / line['seconds']:.0%} of time"),
@@ -101,6 +100,13 @@ def figures(line: Line) -> list[tuple[str, str]]:
     if line["eta_seconds"] is not None:
         shown.append(("ETA", str(timedelta(seconds=round(line["eta_seconds"])))))
     return shown
+
+
+def _of_the_method(line: Line) -> list[tuple[str, str]]:
+    """What tells how well a population, or a gradient, shows the way."""
+    if line["learning"]:
+        return [(name, _number(value)) for name, value in line["learning"].items()]
+    return [("best", _number(line["reward_best"])), ("spread", _number(line["fitness_spread"]))]
 
 
 def _spent(line: Line) -> list[tuple[str, str]]:

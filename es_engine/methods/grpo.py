@@ -1,0 +1,137 @@
+"""Group relative policy optimisation (Shao et al., arXiv 2402.03300) and its variants, on the pool.
+
+A step draws a group of completions of each prompt at the center, and goes over them `epochs` times in `minibatches`.
+Where that is one update only, the probability ratio is 1 in value, and the old log-probabilities are the new ones;
+otherwise the trainer computes them before the first update. The engine's own log-probabilities, whose numerics are not
+the trainer's, only weigh tokens (truncated importance sampling).
+
+Shapes: P prompts, n completions of each, T tokens of a completion, D = len(theta).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from es_engine import losses
+from es_engine.config.method import GrpoMethodConfig
+from es_engine.methods import policy
+from es_engine.methods.base import CallRunner, Directions, Problems, Report
+from es_engine.methods.gradients import Gradient
+from es_engine.methods.rollouts import total_costs
+from es_engine.methods.updates import Updates
+from workers.engine import Sampling, Vector
+from workers.gradient import Batch, Outputs
+from workers.samples import Sample
+
+GRADIENT_SLOTS = 2
+"""The center's, and the one beside it that the canary needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoLoss:
+    """`losses.policy_loss` of samples that have an `advantage`, are to be learned from or not (`learn`), and may have
+    `old` and, of the engine, `sampled` log-probabilities."""
+
+    variant: losses.Variant
+    clip: tuple[float, float]
+    beta: float
+    normaliser: float
+    temperature: float
+    importance_cap: float | None
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]:
+        mask = batch.mask & (batch.values["learn"] > 0)[:, None]
+        new = outputs.logprobs(self.temperature)
+        old = batch.values.get("old", new.detach())
+        weights = None
+        if self.importance_cap is not None:
+            weights = losses.truncated_importance(old, batch.values["sampled"], mask, self.importance_cap)
+        loss = losses.policy_loss(
+            new,
+            old,
+            batch.values["advantage"],
+            mask,
+            variant=self.variant,
+            clip=self.clip,
+            normaliser=self.normaliser,
+            beta=self.beta,
+            reference=outputs.base.logprobs(self.temperature) if self.beta else None,
+            weights=weights,
+        )
+        return loss.value, loss.sums
+
+
+class Grpo:
+    """The `grpo` method; implements `Method`."""
+
+    slots = GRADIENT_SLOTS
+
+    def __init__(self, config: GrpoMethodConfig, sampling: Sampling, updates: Updates) -> None:
+        self.config = config
+        self._sampling = replace(sampling, logprobs=config.importance_cap is not None)
+        self._updates = updates
+
+    def step(self, pool: CallRunner, theta: Vector, step: int, progress: float, problems: Problems) -> Directions:
+        """Completions of a batch of prompts, and an update for each of its minibatches in each epoch."""
+        started = time.perf_counter()
+        config = self.config
+        batch = problems("train", range(step * config.prompts, (step + 1) * config.prompts))
+        shared = pool.put(theta)
+        rollouts = policy.roll_out(pool, shared, step, batch, self._sampling, config.chunk)
+        rolled_out = time.perf_counter()
+        samples = self._samples(rollouts)
+        updates = config.epochs * config.minibatches
+        spent = total_costs(rollouts.results)
+        if updates > 1:
+            old, costs = self._updates.logprobs(pool, samples, shared, step * updates, config.temperature)
+            samples = [each.with_value("old", row) for each, row in zip(samples, old, strict=True)]
+            spent += costs
+        found: list[Gradient] = []
+        for update in range(updates):
+            minibatch = self._minibatch(samples, update % config.minibatches)
+            gradient = self._updates.gradient(pool, self._loss(minibatch), minibatch, shared, step * updates + update)
+            found.append(gradient)
+            theta = yield -gradient.gradient
+            shared = pool.put(theta)
+        record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
+        record["times"]["rollouts"] = rolled_out - started
+        record["times"]["update"] = time.perf_counter() - rolled_out
+        return Report(record, spent + self._updates.costs(found, with_base=config.beta > 0))
+
+    def _samples(self, rollouts: policy.Rollouts) -> list[Sample]:
+        scale, mask_truncated = self.config.reward_scale, self.config.mask_truncated
+        advantages = losses.advantages(torch.from_numpy(rollouts.rewards), scale).flatten().tolist()
+        samples = []
+        for problem, completion, advantage in zip(rollouts.asked, rollouts.completions, advantages, strict=True):
+            values: dict[str, Any] = {
+                "advantage": advantage,
+                "learn": float(not (mask_truncated and completion.finish_reason == "length")),
+            }
+            if completion.logprobs is not None:
+                values["sampled"] = np.array(completion.logprobs, dtype=np.float32)
+            samples.append(Sample(problem.prompt_ids, completion.token_ids, values))
+        return samples
+
+    def _minibatch(self, samples: Sequence[Sample], number: int) -> list[Sample]:
+        """Whole groups: every so-manieth prompt's."""
+        config = self.config
+        prompts = range(number, config.prompts, config.minibatches)
+        return [sample for prompt in prompts for sample in samples[prompt * config.samples :][: config.samples]]
+
+    def _loss(self, samples: Sequence[Sample]) -> GrpoLoss:
+        config = self.config
+        lengths = [len(sample.completion_ids) if sample.values["learn"] else 0 for sample in samples]
+        return GrpoLoss(
+            variant=config.loss,
+            clip=config.clip,
+            beta=config.beta,
+            normaliser=losses.policy_normaliser(config.loss, lengths, self._sampling.max_tokens),
+            temperature=config.temperature,
+            importance_cap=config.importance_cap,
+        )

@@ -1,0 +1,78 @@
+"""What methods that learn from the center's own completions share: drawing them, and what is recorded of them.
+
+Shapes: P prompts, n completions of each, T tokens of a completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from es_engine.methods.base import CallRunner
+from es_engine.methods.rollouts import evaluate, figures, mean
+from workers.chunks import Chunk, ChunkResult, Problem
+from workers.engine import CENTER, Completion, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Completions of a batch of problems and their rewards, (P, n), NaN where there is none; `completions` go problem
+    by problem."""
+
+    problems: list[Problem]
+    rewards: npt.NDArray[np.float64]
+    completions: list[Completion]
+    results: list[ChunkResult]
+
+    @property
+    def asked(self) -> list[Problem]:
+        """The problem of each completion."""
+        return [problem for problem in self.problems for _ in range(self.rewards.shape[1])]
+
+
+def roll_out(
+    pool: CallRunner, theta: Any, step: int, problems: Sequence[Problem], sampling: Sampling, chunk: int
+) -> Rollouts:
+    """Draw completions at the center theta (as the pool shares it), `chunk` problems in one engine call."""
+    chunks = [
+        Chunk(
+            generation=step,
+            index=index,
+            sigma=0.0,
+            members=(CENTER,),
+            problems=(tuple(range(start, min(start + chunk, len(problems)))),),
+            sampling=sampling,
+            keep_text=True,
+        )
+        for index, start in enumerate(range(0, len(problems), chunk))
+    ]
+    results = evaluate(pool, chunks, problems, theta, version=step)
+    return Rollouts(
+        problems=list(problems),
+        rewards=np.concatenate([result.rewards[0] for result in results]),
+        completions=[completion for result in results for completion in _completions(result)],
+        results=results,
+    )
+
+
+def record(rollouts: Rollouts) -> dict[str, Any]:
+    """What the ledger keeps of them, as plain JSON data."""
+    rewards = rollouts.rewards
+    return {
+        "prompts": [problem.example.id for problem in rollouts.problems],
+        "rewards": [[None if np.isnan(value) else value for value in row] for row in rewards.tolist()],
+        "reward_mean": mean(rewards.ravel()),
+        "constant_groups": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
+        **figures(rollouts.results),
+    }
+
+
+def _completions(result: ChunkResult) -> list[Completion]:
+    assert result.transcripts is not None
+    found = [transcript.completion for row in result.transcripts[0] for transcript in row]
+    assert all(completion is not None for completion in found)
+    return found  # type: ignore[return-value]
