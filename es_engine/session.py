@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
-from es_engine.config import Config, EsMethodConfig
+from es_engine.config import Config, DpoMethodConfig, EsMethodConfig, GrpoMethodConfig, SftMethodConfig
 from es_engine.methods import chunk_size
 from es_engine.methods.base import Method
+from es_engine.methods.dpo import Dpo, pairs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.grpo import Grpo
+from es_engine.methods.sft import Sft, demonstrations
 from es_engine.methods.updates import Updates
 from es_engine.spaces.lora import LoraSpace
-from rewards.base import Split, Task
+from rewards.base import SingleTurnTask, Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
+from workers.completions import load_completions
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
@@ -77,15 +81,24 @@ def gather(config: Config) -> Materials:
 
 def _build_method(config: Config, task: Task, model: Path, space: LoraSpace) -> Method:
     method = config.method
-    sampled = sampling(config, task, method.samples, method.temperature, method.top_p)
     if isinstance(method, EsMethodConfig):
         chunk = config.engine.chunk
         if chunk == "auto":  # until it is settled
             chunk = chunk_size.most_slots(method.population, space)
-        return EvolutionStrategies(method, chunk=chunk, sampling=sampled)
+        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task))
     parameters = multiplying_parameters(model)
     updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
-    return Grpo(method, sampled, updates)
+    if isinstance(method, GrpoMethodConfig):
+        return Grpo(method, _sampling_of(config, method, task), updates)
+    completions = load_completions(model, task.stop, "task" if method.data is None else "method.data")
+    if isinstance(method, SftMethodConfig):
+        source = demonstrations(method, config.seed, cast(SingleTurnTask, task), completions)
+        return Sft(method, source, completions, updates)
+    return Dpo(method, pairs(method, config.seed, _sampling_of(config, method, task), completions), updates)
+
+
+def _sampling_of(config: Config, method: EsMethodConfig | GrpoMethodConfig | DpoMethodConfig, task: Task) -> Sampling:
+    return sampling(config, task, method.samples, method.temperature, method.top_p)
 
 
 def sampling(config: Config, task: Task, samples: int, temperature: float, top_p: float = 1.0) -> Sampling:

@@ -139,6 +139,21 @@ def staged(
     return StagedProblems(stages, rest) if stages else rest
 
 
+class EpochOrder:
+    """Which of so many rows is number 0, 1, ... without end: each epoch goes through all rows, in an order of its own
+    keyed by (key, epoch)."""
+
+    def __init__(self, rows: int, *key: object) -> None:
+        self._rows, self._key = rows, key
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self._rows)
+        if self._order[0] != epoch:
+            self._order = epoch, sorted(range(self._rows), key=lambda row: digest(*self._key, epoch, row))
+        return self._order[1][position]
+
+
 class FiledProblems:
     """Problems that were read from files. Rows without a `heldout` file beside them are split by hash; with one,
     training rows whose problem is in the held-out file are left out. Each epoch goes through a split in an order of
@@ -160,16 +175,10 @@ class FiledProblems:
         for split, those in self._rows.items():
             if not those:
                 raise ValueError(f"task.data: {source} leaves no row for the {split} split; give it more rows")
-        self._seed = seed
-        self._orders: dict[str, tuple[int, list[int]]] = {}
+        self._orders = {split: EpochOrder(len(those), seed, split) for split, those in self._rows.items()}
 
     def row(self, split: Split, index: int) -> Row:
-        rows = self._rows[split]
-        epoch, position = divmod(index, len(rows))
-        if self._orders.get(split, (-1, []))[0] != epoch:
-            order = sorted(range(len(rows)), key=lambda row: digest(self._seed, split, epoch, row))
-            self._orders[split] = epoch, order
-        return rows[self._orders[split][1][position]]
+        return self._rows[split][self._orders[split][index]]
 
 
 def split_of_key(key: str) -> Split:

@@ -34,16 +34,26 @@ def preparer(tokenizer: Any, context: int, max_tokens: int) -> Preparer:
     """A function that tokenises an example, and raises PromptTooLong for one that leaves no room to answer."""
 
     def prepare(example: Example) -> Problem:
-        prompt = _render(example, tokenizer)
-        ids = tuple(tokenizer(prompt, add_special_tokens=example.messages is None)["input_ids"])
-        if len(ids) + max_tokens > context:
+        problem = tokenised(example, tokenizer)
+        if len(problem.prompt_ids) + max_tokens > context:
             raise PromptTooLong(
-                f"task: the prompt of {example.id} has {len(ids)} tokens, which with task.max_tokens={max_tokens} "
-                f"is more than the context of {context} tokens"
+                f"task: the prompt of {example.id} has {len(problem.prompt_ids)} tokens, which with "
+                f"task.max_tokens={max_tokens} is more than the context of {context} tokens"
             )
-        return Problem(example, prompt, ids)
+        return problem
 
     return prepare
+
+
+def tokenised(example: Example, tokenizer: Any) -> Problem:
+    """The example as the model reads it. Raises ValueError for a chat where the model has no chat template."""
+    prompt = _render(example, tokenizer)
+    return Problem(example, prompt, token_ids(prompt, example, tokenizer))
+
+
+def token_ids(text: str, example: Example, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens of a text that begins with the example's prompt."""
+    return tuple(tokenizer(text, add_special_tokens=example.messages is None)["input_ids"])
 
 
 def _render(example: Example, tokenizer: Any) -> str:

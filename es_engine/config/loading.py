@@ -188,6 +188,7 @@ _FILE_OF_VERIFIER = re.compile(
 _PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
     ("model", "source"): _model_source,
     ("space", "init"): _file,
+    ("method", "data"): _data,
     ("task", "data"): _data,
     ("task", "heldout_data"): _data,
     ("task", "reward_model"): _model_source,

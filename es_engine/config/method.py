@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from es_engine.config.base import ConfigModel, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, problem
+from es_engine.config.base import ConfigModel, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Text, problem
 from es_engine.config.schedule import Schedule
 
 
@@ -128,4 +128,41 @@ class GrpoMethodConfig(GradientMethodConfig):
         return self.scale_rewards or ("none" if self.loss == "dr_grpo" else "std")
 
 
-MethodConfig = Annotated[EsMethodConfig | GrpoMethodConfig, Field(discriminator="kind")]
+class SftMethodConfig(GradientMethodConfig):
+    """Supervised fine-tuning: the cross-entropy of given completions."""
+
+    kind: Literal["sft"] = Field(default="sft", description="Supervised fine-tuning: completions that are given.")
+    data: Text | None = Field(
+        default=None,
+        description="Demonstrations, prompt and completion or messages: a file (JSON lines or a JSON list) or "
+        "hub:owner/name@config:split; null: worked solutions of the task's training problems.",
+    )
+    batch: PositiveInt = Field(default=32, description="Demonstrations in a step.")
+
+
+class DpoMethodConfig(GradientMethodConfig):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290)."""
+
+    kind: Literal["dpo"] = Field(default="dpo", description="DPO: the better of two completions, beside the worse.")
+    data: Text | None = Field(
+        default=None,
+        description="Pairs, prompt, chosen and rejected: a file (JSON lines or a JSON list) or "
+        "hub:owner/name@config:split; null: the best and the worst of the model's own completions of a prompt.",
+    )
+    batch: PositiveInt = Field(
+        default=32, description="Pairs in a step; without data, prompts, each of which gives one pair or none."
+    )
+    beta: PositiveFloat = Field(default=0.1, description="Weight of the log-ratio to the base model: its reward.")
+    samples: Annotated[int, Field(ge=2)] = Field(
+        default=8, description="Without data: completions of each prompt, of which two become a pair."
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="Without data: sampling temperature.")
+    top_p: Fraction = Field(default=1.0, description="Without data: the probability mass that is kept in sampling.")
+    chunk: PositiveInt = Field(
+        default=8, description="Without data: prompts whose completions are drawn in one engine call."
+    )
+
+
+MethodConfig = Annotated[
+    EsMethodConfig | GrpoMethodConfig | SftMethodConfig | DpoMethodConfig, Field(discriminator="kind")
+]

@@ -10,7 +10,7 @@ from es_engine.config.base import ConfigModel, Seed, problem
 from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.method import EsMethodConfig, MethodConfig
+from es_engine.config.method import DpoMethodConfig, EsMethodConfig, MethodConfig, SftMethodConfig
 from es_engine.config.model import ModelConfig, TinyModelConfig
 from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
@@ -68,6 +68,17 @@ class Config(ConfigModel):
             raise problem("task.kind", self.task.kind, f"a task of one turn while method.kind is {kind}")
         if self.pool.tensor_parallel > 1:
             raise problem("pool.tensor_parallel", self.pool.tensor_parallel, f"1 while method.kind is {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_budget_ends(self) -> Self:
+        method, others = self.method, self.budget.model_dump(exclude={"tokens"}).values()
+        silent = isinstance(method, SftMethodConfig) or (
+            isinstance(method, DpoMethodConfig) and method.data is not None
+        )
+        if silent and all(limit is None for limit in others):
+            accepted = f"another limit beside it, for {self.method.kind} generates no tokens"
+            raise problem("budget.tokens", self.budget.tokens, accepted)
         return self
 
     @model_validator(mode="after")

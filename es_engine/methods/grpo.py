@@ -24,13 +24,10 @@ from es_engine.methods import policy
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
 from es_engine.methods.gradients import Gradient
 from es_engine.methods.rollouts import total_costs
-from es_engine.methods.updates import Updates
+from es_engine.methods.updates import GRADIENT_SLOTS, Updates
 from workers.engine import Sampling, Vector
 from workers.gradient import Batch, Outputs
 from workers.samples import Sample
-
-GRADIENT_SLOTS = 2
-"""The center's, and the one beside it that the canary needs."""
 
 
 @dataclass(frozen=True, slots=True)

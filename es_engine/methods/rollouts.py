@@ -74,9 +74,9 @@ def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
 
 
 def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:
-    """What a step's record says of its rollouts, whatever they were for."""
+    """What a step's record says of its rollouts, whatever they were for; also where there are none."""
     return {
-        "accuracy": mean(np.concatenate([result.accuracy.ravel() for result in results])),
+        "accuracy": mean(np.concatenate([np.zeros(0), *(result.accuracy.ravel() for result in results)])),
         "components": mean_components(results),
         "rollouts": sum(result.rewards.size for result in results),
         "tokens": int(sum(result.tokens.sum() for result in results)),
@@ -95,7 +95,8 @@ def total_costs(results: Sequence[ChunkResult]) -> Costs:
 
 def _phase_times(results: Sequence[ChunkResult]) -> dict[str, float]:
     """Seconds of work in each phase, summed over chunks."""
-    return {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds}
+    phases = results[0].seconds if results else ()
+    return {phase: sum(result.seconds[phase] for result in results) for phase in phases}
 
 
 def mean_of_samples(values: Array) -> Array:

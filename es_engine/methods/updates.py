@@ -21,6 +21,8 @@ from workers.engine import Vector
 from workers.gradient import Loss
 from workers.samples import Sample
 
+GRADIENT_SLOTS = 2
+"""Those of a method whose rollouts are the center's: its own, and the one beside it that the canary needs."""
 PARTS = ("tokens", "pairs")
 """What the metrics of a loss are sums over: the one of these that is among them."""
 
@@ -35,11 +37,14 @@ class Updates:
     parameters: int
     adapted: int
 
-    def gradient(self, pool: CallRunner, loss: Loss, samples: Sequence[Sample], theta: Any, version: int) -> Gradient:
+    def gradient(
+        self, pool: CallRunner, loss: Loss, samples: Sequence[Sample], theta: Any, version: int, *, together: int = 1
+    ) -> Gradient:
         """The gradient of a loss over samples at theta (as the pool shares it), shortened where it is too long; its
-        `norm`, before that, is among its metrics."""
+        `norm`, before that, is among its metrics. `together` samples in a row stay in one micro-batch."""
+        size = self.config.micro_batch_tokens
         found = gradients.gradient(
-            pool, loss, samples, theta, version, dim=self.dim, max_tokens=self.config.micro_batch_tokens
+            pool, loss, samples, theta, version, dim=self.dim, max_tokens=size, together=together
         )
         norm = float(np.linalg.norm(found.gradient.astype(np.float64)))
         short = found.gradient
