@@ -1,15 +1,35 @@
-"""Small runs of a gradient method: Countdown by characters, on a random model."""
+"""Small runs of a method that takes gradients: Countdown by characters on a random model, in this process or on Ray."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from es_engine.config import Config, parse_config
+import numpy as np
+
+from es_engine import trainer
+from es_engine.config import Config, dump_config, load_config, parse_config
+from es_engine.methods.base import Report
+from es_engine.session import Materials, gather
+from workers.actor import Worker, WorkerSetup
+from workers.engine import Vector
+from workers.models import multiplying_parameters
+from workers.pool import Call
+
+ES_ENGINE = Path(sys.executable).with_name("es-engine")
+GENERATIONS = 4
 
 
 def small_config(model: Path, method: dict[str, Any], **axes: dict[str, Any]) -> Config:
-    """A config on the hf engine; `axes` lie over what it has."""
+    """A config on the hf engine; `axes` are laid over what it has."""
     data: dict[str, Any] = {
         "name": "small",
         "model": {"source": str(model)},
@@ -19,10 +39,126 @@ def small_config(model: Path, method: dict[str, Any], **axes: dict[str, Any]) ->
         "task": {"kind": "countdown", "template": "plain", "numbers": [2], "high": 9, "max_tokens": 8},
         "pool": {"workers": 1},
         "engine": {"kind": "hf", "dtype": "float32", "device": "cpu"},
-        "budget": {"generations": 4},
+        "budget": {"generations": GENERATIONS},
         "evaluation": {"every": 100, "problems": 8, "chunk": 8},
-        "telemetry": {},
     }
     for axis, fields in axes.items():
         data[axis] = {**data[axis], **fields}
     return parse_config(data)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class LocalPool:
+    """A pool of real workers in this process, which carry out calls in turn; keeps the calls."""
+
+    restarts = 0
+
+    def __init__(self, materials: Materials, workers: int = 1) -> None:
+        canary = tuple(problem.prompt_ids for problem in materials.problems("heldout", range(2)))
+        parameters = multiplying_parameters(materials.model)
+        fingerprint, slots = materials.model_fingerprint, materials.method.slots
+        setup = WorkerSetup(materials.config, materials.space, fingerprint, canary, slots, parameters)
+        self.workers = [Worker(setup, index, None) for index in range(workers)]
+        for worker in self.workers:
+            worker.start()
+        self.calls: list[Call] = []
+
+    @property
+    def size(self) -> int:
+        return len(self.workers)
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        self.calls += calls
+        turns = cycle(self.workers)
+        return [getattr(worker, call.method)(*call.arguments) for worker, call in zip(turns, calls, strict=False)]
+
+
+def climb(materials: Materials, pool: LocalPool, steps: int, lr: float) -> tuple[Vector, list[Report]]:
+    """Where gradient ascent with this step size leads from the start, and what was reported on the way."""
+    theta, reports = materials.space.start(), []
+    for step in range(steps):
+        directions = materials.method.step(pool, theta, step, 0.0, materials.problems)
+        try:
+            direction = next(directions)
+            while True:
+                theta = theta + np.float32(lr) * direction
+                direction = directions.send(theta)
+        except StopIteration as end:
+            reports.append(end.value)
+    return theta, reports
+
+
+def materials_of(model: Path, method: dict[str, Any], **axes: dict[str, Any]) -> Materials:
+    """All of a small run but its workers."""
+    return gather(small_config(model, method, **axes))
+
+
+def es_engine(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    command = [ES_ENGINE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+class LocalSession:
+    """A session whose workers are in this process."""
+
+    def __init__(self, config: Config, notify: object) -> None:
+        self.materials = gather(config)
+        assert isinstance(config.pool.workers, int)
+        self.pool = LocalPool(self.materials, config.pool.workers)
+
+    def settle_chunk(self) -> None:
+        """There is none."""
+
+    def __enter__(self) -> LocalSession:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def train_here(config: Config, run: Path) -> Path:
+    """Train without Ray; the run's folder."""
+    with patch.object(trainer, "Session", LocalSession):
+        return trainer.train(config, run).path
+
+
+def resume_here(run: Path) -> Path:
+    """Go on without Ray; the run's folder."""
+    with patch.object(trainer, "Session", LocalSession):
+        return trainer.resume(run).path
+
+
+def train_and_kill(config: Config, run: Path, calls: int) -> Path:
+    """Begin a run in a process that is killed (kill -9) in place of its so-manieth call of a worker; its folder."""
+    path = write_config(config, run.with_name(f"{run.name}.yaml"))
+    done = subprocess.run([sys.executable, __file__, path, run, str(calls)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    return run
+
+
+def write_config(config: Config, path: Path) -> Path:
+    """The config as a file."""
+    path.write_text(dump_config(config))
+    return path
+
+
+if __name__ == "__main__":
+    _, config_path, run_path, most = sys.argv
+    run_calls = LocalPool.run
+
+    def run_or_die(pool: LocalPool, calls: Sequence[Call]) -> list[Any]:
+        if len(pool.calls) + len(calls) > int(most):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run_calls(pool, calls)
+
+    with patch.object(LocalPool, "run", run_or_die):
+        train_here(load_config(config_path), Path(run_path))
