@@ -155,8 +155,8 @@ SENTENCES = {
     "method.mirrored=1": "method.mirrored: got 1, accepted is true or false",
     "method.probe_sigmas=[1, x]": 'method.probe_sigmas: got [1, "x"], accepted is a non-empty list, '
     "each item a number > 0",
-    "method=3": "method: got 3, accepted is a mapping of kind es",
-    "method.kind=cma": 'method.kind: got "cma", accepted is es',
+    "method=3": "method: got 3, accepted is a mapping of kind es, grpo, sft or dpo",
+    "method.kind=cma": 'method.kind: got "cma", accepted is es, grpo, sft or dpo',
     "optimizer.kind=lion": 'optimizer.kind: got "lion", accepted is sgd, adam or adamw',
     "optimizer.kind=null": "optimizer.kind: got null, accepted is sgd, adam or adamw",
     "optimizer.kind=adam": "optimizer.lr: missing, accepted is a number > 0",
@@ -523,6 +523,10 @@ methods = optional(
     temperature=st.floats(0, 2),
     probe_sigmas=st.lists(positive, min_size=1),
 )
+supervised = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["sft", "dpo"])},
+    optional={"data": st.none() | texts, "batch": counts, "max_norm": st.none() | positive},
+)
 sgd = st.fixed_dictionaries({"lr": positive}, optional={"momentum": fractions, "lr_schedule": schedules})
 adamw = st.fixed_dictionaries(
     {"kind": st.just("adamw"), "lr": positive},
@@ -551,7 +555,7 @@ configs = st.fixed_dictionaries(
             {"generations": counts}, optional={"tokens": st.none() | counts, "flops": st.none() | positive}
         ),
     },
-    optional={"seed": seeds, "space": spaces, "method": methods, "pool": pools, "engine": vllm | hf},
+    optional={"seed": seeds, "space": spaces, "method": methods | supervised, "pool": pools, "engine": vllm | hf},
 )
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -83,7 +83,7 @@ class Completions:
         chat = [*(problem.example.messages or ()), {"role": "assistant", "content": completion}]
         written = self.tokenizer.apply_chat_template(chat, tokenize=False)
         assert isinstance(written, str)
-        return written.removeprefix(problem.prompt) if written.startswith(problem.prompt) else completion
+        return written[len(problem.prompt) :] if written.startswith(problem.prompt) else completion
 
     def _ended(self, example: Example, completion: str) -> str:
         """The completion up to the end of its first stop string, which is added where it has none."""
@@ -117,4 +117,4 @@ def _end_tokens(model: Path) -> frozenset[int]:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     else:
         ends = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -77,7 +77,7 @@ class Config(ConfigModel):
             isinstance(method, DpoMethodConfig) and method.data is not None
         )
         if silent and all(limit is None for limit in others):
-            accepted = f"another limit beside it, for {self.method.kind} generates no tokens"
+            accepted = f"another limit beside it, for {method.kind} generates no tokens"
             raise problem("budget.tokens", self.budget.tokens, accepted)
         return self
 
