@@ -182,7 +182,7 @@ def test_two_workers_and_kill_9_lead_to_the_same_theta(random_llama: Path, tmp_p
 
 @pytest.mark.ray
 def test_a_run_on_ray(random_llama: Path, tmp_path: Path) -> None:
-    config = write_config(small_config(random_llama, SFT, pool={"workers": 2}), tmp_path / "config.yaml")
+    config = write_config(small_config(random_llama, SFT), tmp_path / "config.yaml")
     done = es_engine("train", config, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     losses = [line["learning"]["loss"] for line in Ledger(tmp_path / "run/ledger.jsonl").generations]
