@@ -118,7 +118,8 @@ def policy_loss(
         weights: (S, T), factors of the surrogate but not of the KL (see `truncated_importance`).
 
     Metrics: `ratio`; `clipped_low` and `clipped_high`, tokens without gradient for either reason; `approx_kl`, k3 to
-    the old policy; `entropy`, estimated by -logprobs; `kl`, to the reference if there is one, times the ratio.
+    the old policy; `entropy`, -logprobs, an estimate of it for samples of the policy itself; `kl`, to the reference,
+    if beta is not 0.
     """
     logprobs, old_logprobs = _inside(logprobs, mask), _inside(old_logprobs, mask)
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else _inside(advantages, mask)

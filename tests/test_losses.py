@@ -314,6 +314,8 @@ def test_metrics_are_estimates_of_what_they_are_named_after() -> None:
     assert expected("ratio", OLDER) == pytest.approx(STEPS)
     assert expected("approx_kl", OLDER) == pytest.approx(over_prefixes(OLDER, kl_divergence(older, student)))
     assert expected("entropy", STUDENT) == pytest.approx(over_prefixes(STUDENT, student.entropy()))
+    cross_entropy = older.entropy() + kl_divergence(older, student)
+    assert expected("entropy", OLDER) == pytest.approx(over_prefixes(OLDER, cross_entropy))
     assert expected("reverse_kl", STUDENT) == pytest.approx(sequence_kl(STUDENT).item())
 
 
