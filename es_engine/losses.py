@@ -117,7 +117,7 @@ def policy_loss(
         reference: (S, T), log-probabilities of the reference; wanted if beta is not 0.
         weights: (S, T), factors of the surrogate but not of the KL (see `truncated_importance`).
 
-    Metrics: `ratio`; `clipped_low` and `clipped_high`, tokens without gradient for either reason; `approx_kl`, k3 to
+    Metrics: `ratio`; `clipped_low` and `clipped_high`, tokens whose surrogate has no gradient; `approx_kl`, k3 to
     the old policy; `entropy`, -logprobs, an estimate of it for samples of the policy itself; `kl`, to the reference,
     if beta is not 0.
     """
