@@ -155,8 +155,8 @@ SENTENCES = {
     "method.mirrored=1": "method.mirrored: got 1, accepted is true or false",
     "method.probe_sigmas=[1, x]": 'method.probe_sigmas: got [1, "x"], accepted is a non-empty list, '
     "each item a number > 0",
-    "method=3": "method: got 3, accepted is a mapping of kind es",
-    "method.kind=cma": 'method.kind: got "cma", accepted is es',
+    "method=3": "method: got 3, accepted is a mapping of kind es, grpo or opd",
+    "method.kind=cma": 'method.kind: got "cma", accepted is es, grpo or opd',
     "optimizer.kind=lion": 'optimizer.kind: got "lion", accepted is sgd, adam or adamw',
     "optimizer.kind=null": "optimizer.kind: got null, accepted is sgd, adam or adamw",
     "optimizer.kind=adam": "optimizer.lr: missing, accepted is a number > 0",
