@@ -402,7 +402,7 @@ def two_workers(folder: Path, space: LoraSpace) -> Pool:
             "budget": {"generations": 1},
         }
     )
-    setup = WorkerSetup(config, space, fingerprint(folder), tuple(random_prompts(5, 9)), slots=2)
+    setup = WorkerSetup(config, space, fingerprint(folder), tuple(random_prompts(5, 9)), slots=2, parameters=1)
     return Pool(setup, lambda _: None)
 
 
