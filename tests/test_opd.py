@@ -367,6 +367,13 @@ def test_a_teacher_that_is_not_there_is_refused(teacher: dict[str, str], words: 
         find_teacher(TeacherConfig(**teacher), random_llama)
 
 
+def test_a_teacher_without_a_tokenizer_is_refused(random_llama: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((random_llama / name).read_bytes())
+    with pytest.raises(ValueError, match=rf"^method\.teacher\.model: {tmp_path} has no tokenizer that can be read"):
+        find_teacher(TeacherConfig(model=str(tmp_path)), random_llama)
+
+
 def test_an_adapter_of_another_model_is_refused(random_llama: Path, space: LoraSpace, tmp_path: Path) -> None:
     wide = [replace(matrix, out_features=matrix.out_features + 1) for matrix in space.matrices]
     named = [replace(matrix, name=f"model.{matrix.name}") for matrix in space.matrices]

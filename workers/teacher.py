@@ -51,13 +51,24 @@ def _resolved(source: str) -> Path:
 
 
 def _check_vocabulary(model: Path, student: Path) -> None:
-    theirs, mine = (load_tokenizer(folder).get_vocab() for folder in (model, student))
+    theirs, mine = _vocabulary(model), load_tokenizer(student).get_vocab()
     if theirs != mine:
         odd = min(token for token, _ in theirs.items() ^ mine.items())
         raise ValueError(
             f"method.teacher.model: its vocabulary is not that of the student, whose tokens it has to read: {odd!r} is "
             f"{_number(theirs, odd)} in {model} and {_number(mine, odd)} in {student}"
         )
+
+
+def _vocabulary(model: Path) -> dict[str, int]:
+    try:
+        found: dict[str, int] = load_tokenizer(model).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"method.teacher.model: {model} has no tokenizer that can be read, which is needed to see that its "
+            f"vocabulary is the student's ({type(error).__name__})"
+        ) from error
+    return found
 
 
 def _number(vocabulary: dict[str, int], token: str) -> str:
