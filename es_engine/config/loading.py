@@ -165,7 +165,7 @@ def _part(part: Any, folder: Path) -> Any:
 
 
 def _file(name: str, folder: Path) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is, where that of Path raises
     return os.path.abspath(folder / path if os.path.exists(folder / path) else path)
 
 
