@@ -8,11 +8,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 
-from es_engine.config import Config, EsMethodConfig
+from es_engine.config import Config, EsMethodConfig, OpdMethodConfig
 from es_engine.methods import chunk_size
 from es_engine.methods.base import Method
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.grpo import Grpo
+from es_engine.methods.opd import Opd
 from es_engine.methods.updates import Updates
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Split, Task
@@ -24,6 +25,7 @@ from workers.pool import Pool
 from workers.prompts import load_preparer
 from workers.scoring import open_scorer
 from workers.sources import local_model
+from workers.teacher import Teacher, find_teacher
 
 CANARY_PROMPTS = 4
 KEPT_PROBLEMS = 4096
@@ -38,6 +40,7 @@ class Materials:
     model: Path
     space: LoraSpace
     method: Method
+    teacher: Teacher | None
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -72,20 +75,25 @@ def gather(config: Config) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    return Materials(config, task, model, space, _build_method(config, task, model, space))
+    teacher = find_teacher(config.method.teacher, model) if isinstance(config.method, OpdMethodConfig) else None
+    return Materials(config, task, model, space, _build_method(config, task, model, space, teacher), teacher)
 
 
-def _build_method(config: Config, task: Task, model: Path, space: LoraSpace) -> Method:
+def _build_method(config: Config, task: Task, model: Path, space: LoraSpace, teacher: Teacher | None) -> Method:
     method = config.method
+    parameters = multiplying_parameters(model)
+    adapted = parameters + space.adapter_parameters
+    if isinstance(method, OpdMethodConfig):
+        assert teacher is not None
+        sampled = sampling(config, task, method.samples, method.temperature)
+        return Opd(method, sampled, Updates(method, space.dim, parameters, adapted), teacher.parameters)
     sampled = sampling(config, task, method.samples, method.temperature, method.top_p)
     if isinstance(method, EsMethodConfig):
         chunk = config.engine.chunk
         if chunk == "auto":  # until it is settled
             chunk = chunk_size.most_slots(method.population, space)
         return EvolutionStrategies(method, chunk=chunk, sampling=sampled)
-    parameters = multiplying_parameters(model)
-    updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
-    return Grpo(method, sampled, updates)
+    return Grpo(method, sampled, Updates(method, space.dim, parameters, adapted))
 
 
 def sampling(config: Config, task: Task, samples: int, temperature: float, top_p: float = 1.0) -> Sampling:
@@ -111,6 +119,7 @@ class Session:
             tuple(problem.prompt_ids for problem in canary),
             slots=self.materials.method.slots,
             parameters=multiplying_parameters(self.materials.model),
+            teacher=self.materials.teacher.fingerprint if self.materials.teacher else None,
         )
         self.pool = Pool(setup, notify)
 
