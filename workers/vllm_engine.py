@@ -50,7 +50,7 @@ class VllmEngine:
         from workers import cpu_tuning
 
         sets = _sets(space, slots)
-        arguments = _llm_arguments(space, sets * slots, options) | cpu_tuning.engine_arguments()
+        arguments = cpu_tuning.engine_arguments() | _llm_arguments(space, sets * slots, options)
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
         self._first_slot = 0
