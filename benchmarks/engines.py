@@ -37,7 +37,8 @@ FOLDERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """An engine of a kind for a model: `slots` members at a time, of a rank that vLLM has slots for."""
+    """An engine of a kind for a model: `slots` members at a time, of a rank that vLLM has slots for. `block_size` is of
+    the KV cache, None the engine's own choice."""
 
     kind: Kind
     model: Path
@@ -47,6 +48,7 @@ class Setup:
     max_model_len: int
     max_num_seqs: int
     kv_cache_bytes: int
+    block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class Bare:
             "disable_log_stats": True,
             "seed": 0,
             "enforce_eager": setup.kind == "bare, eager",
+            **({} if setup.block_size is None else {"block_size": setup.block_size}),
         }
 
     def generate(self, load: Load, members: int) -> None:

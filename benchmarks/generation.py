@@ -31,6 +31,8 @@ from es_engine.session import Session, gather
 from es_engine.telemetry import open_telemetry
 
 MEMBERS, CHUNK = 16, 16
+BLOCK_SIZE = 32
+"""Of every way's KV cache, the engine's own choice on a CPU, so that all share what prompts begin with alike."""
 WAYS: tuple[Kind, ...] = ("ours", "stock", "merged", "files")
 
 
@@ -138,6 +140,7 @@ def setup(model: Model, folder: Path, kind: Kind) -> Setup:
         max_model_len=model.max_model_len,
         max_num_seqs=model.max_num_seqs,
         kv_cache_bytes=model.kv_cache_bytes,
+        block_size=BLOCK_SIZE,
     )
 
 

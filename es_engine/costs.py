@@ -3,8 +3,8 @@
 - *generated*: tokens of completions, end tokens included.
 - *processed*: tokens that models were given to read in forward passes, and the generated ones. A prompt counts once for
   each member that is asked it, however many samples of the answer there are, since they share its keys and values; each
-  turn of a game counts its whole prompt. It is an upper bound: what the engine's prefix cache spares counts as if it
-  had been read, and so does the last token of a completion.
+  turn of a game counts its whole prompt. It is an upper bound of what has to be read: what the engine's prefix cache
+  spares counts as if it had been read, and so does the last token of a completion.
 - *flops*: 2P for each processed token, prompts included, and 4P for each token of a backward pass. P is the number of
   parameters that multiply, those of the base model and, where it wears one, of the adapter. It is the usual estimate,
   not a measurement: attention scores, norms and sampling are left out; every token counts the output embedding, which
@@ -62,7 +62,7 @@ def costs_of(
 ) -> Costs:
     """The costs of passes through a model in which so many parameters multiply.
 
-    `generated` are among the forward tokens. Where some passes wear an adapter and others do not, add the costs of both.
+    `generated` are among the forward tokens. Where some passes wear an adapter and others do not, add both costs.
     """
     assert generated <= forward_tokens, "what is generated is processed too"
     return Costs(

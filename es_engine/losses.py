@@ -12,12 +12,12 @@ sum over sequences or tokens, divided by its `normaliser`: a number known of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
-from torch.utils.checkpoint import checkpoint
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 Scale = Literal["std", "none"]
@@ -43,7 +43,7 @@ def selected_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> 
         scaled = _at_least_float32(row) / temperature
         return scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
-    return _one_sequence_at_a_time(of_one, logits, ids)
+    return _OneSequenceAtATime.apply(of_one, logits, ids)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -117,8 +117,9 @@ def policy_loss(
         reference: (S, T), log-probabilities of the reference; wanted if beta is not 0.
         weights: (S, T), factors of the surrogate but not of the KL (see `truncated_importance`).
 
-    Metrics: `ratio`; `clipped_low` and `clipped_high`, tokens without gradient for either reason; `approx_kl`, k3 to
-    the old policy; `entropy`, estimated by -logprobs; `kl`, to the reference if there is one, times the ratio.
+    Metrics: `ratio`; `clipped_low` and `clipped_high`, tokens whose surrogate has no gradient; `approx_kl`, k3 to
+    the old policy; `entropy`, -logprobs, an estimate of it for samples of the policy itself; `kl`, to the reference,
+    if beta is not 0.
     """
     logprobs, old_logprobs = _inside(logprobs, mask), _inside(old_logprobs, mask)
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else _inside(advantages, mask)
@@ -214,14 +215,14 @@ def opd_exact_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor,
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(student || teacher) over the vocabulary: logits or log-probabilities (S, T, V) to (S, T), at least in float32.
 
-    The softmax exists for one sequence at a time, when gradients are taken too.
+    Its gradient is the student's alone. The softmax exists for one sequence at a time, when gradients are taken too.
     """
 
     def of_one(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = (_at_least_float32(x).log_softmax(-1) for x in (student, teacher))
         return (student.exp() * (student - teacher)).sum(-1)
 
-    return _one_sequence_at_a_time(of_one, student_logits, teacher_logits)
+    return _OneSequenceAtATime.apply(of_one, student_logits, teacher_logits)
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, *, normaliser: float) -> Loss:
@@ -272,7 +273,29 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _one_sequence_at_a_time(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    """The function of every sequence, stacked; what it needs for its gradient is computed again instead of kept."""
-    rows = zip(*batches, strict=True)
-    return torch.stack([checkpoint(function, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
+class _OneSequenceAtATime(torch.autograd.Function):
+    """function(logits, other) of every sequence, stacked, with a gradient for the logits alone.
+
+    The gradient computes the function again, so that nothing of the size of the logits is kept but they themselves, and
+    writes each sequence's part to where it belongs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, others: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(logits, others)
+        return torch.stack([function(*rows) for rows in zip(logits, others, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        logits, others = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for part, row, other, factors in zip(gradient, logits, others, upstream, strict=True):
+            leaf = row.detach().requires_grad_()
+            with torch.enable_grad():
+                value = ctx.function(leaf, other)
+            (found,) = torch.autograd.grad(value, leaf, factors)
+            # Padding that attends to nothing may have NaN for logits: what nothing depends on must not pass that on.
+            part.copy_(found.masked_fill_((factors == 0).unsqueeze(-1), 0.0))
+        return None, gradient, None

@@ -9,12 +9,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
-from es_engine.config import Config, DpoMethodConfig, EsMethodConfig, GrpoMethodConfig, SftMethodConfig
+from es_engine.config import (
+    Config,
+    DpoMethodConfig,
+    EsMethodConfig,
+    GrpoMethodConfig,
+    OpdMethodConfig,
+    SftMethodConfig,
+)
 from es_engine.methods import chunk_size
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.grpo import Grpo
+from es_engine.methods.opd import Opd
 from es_engine.methods.sft import Sft, demonstrations
 from es_engine.methods.updates import Updates
 from es_engine.spaces.lora import LoraSpace
@@ -28,6 +36,7 @@ from workers.pool import Pool
 from workers.prompts import load_preparer
 from workers.scoring import open_scorer
 from workers.sources import local_model
+from workers.teacher import Teacher, find_teacher
 
 CANARY_PROMPTS = 4
 KEPT_PROBLEMS = 4096
@@ -42,6 +51,7 @@ class Materials:
     model: Path
     space: LoraSpace
     method: Method
+    teacher: Teacher | None
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -76,10 +86,11 @@ def gather(config: Config) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    return Materials(config, task, model, space, _build_method(config, task, model, space))
+    teacher = find_teacher(config.method.teacher, model) if isinstance(config.method, OpdMethodConfig) else None
+    return Materials(config, task, model, space, _build_method(config, task, model, space, teacher), teacher)
 
 
-def _build_method(config: Config, task: Task, model: Path, space: LoraSpace) -> Method:
+def _build_method(config: Config, task: Task, model: Path, space: LoraSpace, teacher: Teacher | None) -> Method:
     method = config.method
     if isinstance(method, EsMethodConfig):
         chunk = config.engine.chunk
@@ -90,6 +101,10 @@ def _build_method(config: Config, task: Task, model: Path, space: LoraSpace) -> 
     updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
     if isinstance(method, GrpoMethodConfig):
         return Grpo(method, _sampling_of(config, method, task), updates)
+    if isinstance(method, OpdMethodConfig):
+        assert teacher is not None
+        sampled = sampling(config, task, method.samples, method.temperature)
+        return Opd(method, sampled, updates, teacher.parameters)
     completions = load_completions(model, task.stop, "task" if method.data is None else "method.data")
     if isinstance(method, SftMethodConfig):
         source = demonstrations(method, config.seed, cast(SingleTurnTask, task), completions)
@@ -124,6 +139,7 @@ class Session:
             tuple(problem.prompt_ids for problem in canary),
             slots=self.materials.method.slots,
             parameters=multiplying_parameters(self.materials.model),
+            teacher=self.materials.teacher.fingerprint if self.materials.teacher else None,
         )
         self.pool = Pool(setup, notify)
 

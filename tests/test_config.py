@@ -25,6 +25,7 @@ from es_engine.config import (
     HfEngineConfig,
     PretrainedModelConfig,
     Schedule,
+    TeacherConfig,
     TinyModelConfig,
     dump_config,
     explain,
@@ -155,8 +156,8 @@ SENTENCES = {
     "method.mirrored=1": "method.mirrored: got 1, accepted is true or false",
     "method.probe_sigmas=[1, x]": 'method.probe_sigmas: got [1, "x"], accepted is a non-empty list, '
     "each item a number > 0",
-    "method=3": "method: got 3, accepted is a mapping of kind es, grpo, sft or dpo",
-    "method.kind=cma": 'method.kind: got "cma", accepted is es, grpo, sft or dpo',
+    "method=3": "method: got 3, accepted is a mapping of kind es, grpo, opd, sft or dpo",
+    "method.kind=cma": 'method.kind: got "cma", accepted is es, grpo, opd, sft or dpo',
     "optimizer.kind=lion": 'optimizer.kind: got "lion", accepted is sgd, adam or adamw',
     "optimizer.kind=null": "optimizer.kind: got null, accepted is sgd, adam or adamw",
     "optimizer.kind=adam": "optimizer.lr: missing, accepted is a number > 0",
@@ -200,6 +201,9 @@ IMPOSSIBLE = {
     "method.samples": ["method.samples=2"],
     "method.sigma_schedule.final": ["method.sigma_schedule={kind: linear, final: 0}"],
     "method.sigma_schedule.warmup": ["method.sigma_schedule.warmup=0.1"],
+    "method.teacher.model": ["method={kind: opd, teacher: {}}"],
+    "method.minibatches": ["method={kind: opd, teacher: {adapter: x}, prompts: 2, minibatches: 3}"],
+    "method.importance_cap": ["method={kind: opd, teacher: {adapter: x}, temperature: 0.5}"],
     "optimizer.lr_schedule.final": ["optimizer.lr_schedule.kind=cosine"],
     "optimizer.momentum": ["optimizer.nesterov=true"],
     "model.heads": ["model={kind: tiny, hidden: 128, heads: 8}"],
@@ -225,6 +229,7 @@ POSSIBLE = (
     ["method.samples=2", "method.temperature=0.7"],
     ["method.sigma_schedule={kind: linear, final: 0.1}"],
     ["optimizer.lr_schedule={kind: linear, final: 0, warmup: 0.1}"],
+    ["method={kind: opd, teacher: {adapter: x}, temperature: 0.5, form: exact}"],
     ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
     ["model={kind: tiny, hidden: 128, heads: 2}"],
     ["pool.tensor_parallel=2"],
@@ -380,7 +385,8 @@ def test_paths_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None
     model = tmp_path / "base" / "org" / "model"
     model.mkdir(parents=True)
     task = {"data": "rows.jsonl", "heldout_data": "other.jsonl", "verifier": "verify.py:score"}
-    base = {**SMALL, "task": task, "space": {"init": "./adapter"}}
+    method = {"kind": "opd", "teacher": {"model": "org/model", "adapter": "adapter"}}
+    base = {**SMALL, "task": task, "space": {"init": "./adapter"}, "method": method}
     write(tmp_path / "base" / "base.yaml", yaml.safe_dump(base))
     config = load_config(write(tmp_path / "top.yaml", "extends: base/base.yaml\n"))
     assert config.task.data == str(beside)
@@ -388,6 +394,7 @@ def test_paths_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None
     assert config.task.verifier == f"{here}:score"
     assert config.space.init == os.path.abspath("adapter")
     assert config.model.source == str(model)
+    assert config.method.teacher == TeacherConfig(model=str(model), adapter=os.path.abspath("adapter"))
 
 
 def test_override_paths_start_in_the_current_directory(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from test_environments import saying
 
 from es_engine.config import EsMethodConfig, parse_config
+from es_engine.costs import Costs
 from es_engine.evaluation import evaluate_center
 from es_engine.ledger import Ledger
 from es_engine.methods.es import EvolutionStrategies
@@ -350,6 +351,9 @@ def test_a_worker_arranges_the_games_of_a_chunk(scorers: dict[str, Scorer]) -> N
     assert result.transcripts is None
     assert result.seconds.keys() == {"slots", "generate", "score"}
     assert min(result.seconds.values()) > 0
+    generated = sum(outcome.tokens for outcome in found.rollouts)
+    processed = found.prompt_tokens + generated
+    assert result.costs == Costs(generated, processed, 2 * 100 * processed, sum(result.seconds.values()))
 
 
 def test_samples_hold_the_trajectory(scorers: dict[str, Scorer]) -> None:

@@ -176,7 +176,7 @@ def test_a_gradient_leaves_theta_alone_and_comes_again(model: GradientModel) -> 
 
 
 def test_only_thetas_factors_are_trained_also_after_the_adapter_was_off(model: GradientModel, space: LoraSpace) -> None:
-    model.logprobs(samples(), adapter=False)
+    model.logprobs(samples(), of="base")
     trained = [name for name, weight in model._model.named_parameters() if weight.requires_grad]
     assert len(trained) == len(space.matrices)
     assert all(name.endswith("lora_B.default.weight") for name in trained)
@@ -197,7 +197,7 @@ def test_logprobs_are_those_of_plain_peft(
 
 def test_without_the_adapter_the_model_is_the_base_model(model: GradientModel, random_llama: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32)
-    worn, bare = model.logprobs(samples()), model.logprobs(samples(), adapter=False)
+    worn, bare = model.logprobs(samples()), model.logprobs(samples(), of="base")
     assert np.abs(np.concatenate(worn) - np.concatenate(bare)).mean() > 0.1
     for row, sample in zip(bare, samples(), strict=True):
         np.testing.assert_allclose(row, chosen(plain_logprobs(base, sample), sample).detach(), atol=1e-5)
@@ -309,7 +309,7 @@ class ModelRunner:
     def _carry_out(self, call: Call) -> Any:
         if call.method == "logprobs":
             found, theta, _, temperature = call.arguments
-            return self.model.logprobs(found, temperature, adapter=theta is not None), 0.5
+            return self.model.logprobs(found, temperature, of="base" if theta is None else "theta"), 0.5
         loss, found, _, _ = call.arguments
         return self.model.gradient(loss, found)
 
@@ -350,7 +350,7 @@ def test_pairs_stay_together(model: GradientModel, space: LoraSpace) -> None:
 
 def test_the_pools_logprobs_are_in_the_order_of_the_samples(model: GradientModel, space: LoraSpace) -> None:
     for theta in (center(space), None):
-        expected = model.logprobs(samples(), 0.8, adapter=theta is not None)
+        expected = model.logprobs(samples(), 0.8, of="base" if theta is None else "theta")
         found = gradients.logprobs(ModelRunner(model, 2), samples(), theta, 0, max_tokens=32, temperature=0.8)
         for one, other in zip(found.rows, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
@@ -402,7 +402,7 @@ def two_workers(folder: Path, space: LoraSpace) -> Pool:
             "budget": {"generations": 1},
         }
     )
-    setup = WorkerSetup(config, space, fingerprint(folder), tuple(random_prompts(5, 9)), slots=2)
+    setup = WorkerSetup(config, space, fingerprint(folder), tuple(random_prompts(5, 9)), slots=2, parameters=1)
     return Pool(setup, lambda _: None)
 
 

@@ -16,6 +16,7 @@ from in_process import FunctionRunner, problems
 
 from es_engine import noise
 from es_engine.config import Config, ConfigError, EsMethodConfig, SimulatedEngineConfig, parse_config
+from es_engine.costs import Costs
 from es_engine.ledger import Ledger, first_difference
 from es_engine.methods import es as methods
 from es_engine.methods.es import EvolutionStrategies
@@ -200,9 +201,29 @@ def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> Non
         uncut = result.tokens < 16
         assert (result.components["format"][uncut] > 0).all()
         assert result.seconds["slots"] + result.seconds["generate"] == pytest.approx(clock.now / 3)
+        generated = int(result.tokens.sum())
+        processed = 2 * 3 * 3 + generated
+        assert (result.costs.generated, result.costs.processed) == (generated, processed)
+        assert result.costs.flops == 2 * (100 + 4 * (8 + 8)) * processed
+        assert result.costs.worker_seconds == pytest.approx(clock.now / 3)  # without what it waited for work
     # The second worker has waited since the generation came to the process, the first one since its own last chunk.
     assert [result.seconds["waited"] for result in results] == pytest.approx([0.0, clock.now / 3, clock.now / 3])
     assert process.carry_out(7, "noise_sum", 1, (3,), (1.0,)).vector.shape == (space.dim,)
+
+
+def test_samples_share_their_prompt_and_sums_cost_seconds_alone(clock: Clock) -> None:
+    config = build_config()
+    space = LoraSpace([Matrix("layer", 1000, 1000, 1.0)], rank=4, alpha=8.0)
+    process = SimulatedWorkers(WorkerSetup(config, space, "", (), slots=2, parameters=10**6))
+    process.carry_out(0, "start")
+    batch = [simulated_problem(config.task.build().example("train", number)) for number in range(2)]
+    chunk = Chunk(1, 0, 0.3, PAIR, ((0, 1), (0, 1)), Sampling(16, samples=5, temperature=1.0))
+    result = process.carry_out(0, "evaluate", chunk, batch, space.start(), 1)
+    assert result.costs.processed - result.costs.generated == 2 * 2 * 3
+    seconds = space.dim * 3 * simulated_engine.SUM_S
+    assert process.carry_out(0, "noise_sum", 1, (1, 2, 3), (1.0, 1.0, 1.0)).costs == Costs(
+        worker_seconds=pytest.approx(seconds)
+    )
 
 
 def simulated_problem(example: Any) -> Any:

@@ -241,6 +241,23 @@ def test_the_center_is_taken_by_value(engine: VllmEngine, space: LoraSpace) -> N
 # Generation
 
 
+def test_what_prompts_of_a_slot_have_in_common_is_read_once(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (common,) = random_prompts(64)
+    requests = [Request(slot, (*common, 3 + number)) for slot in range(SLOTS) for number in range(8)]
+    spared: list[int] = []
+    completions = engine._completions
+
+    def counted(output: Any, *arguments: Any, **keywords: Any) -> Iterator[Completion]:
+        spared.append(output.num_cached_tokens)
+        return completions(output, *arguments, **keywords)
+
+    monkeypatch.setattr(engine, "_completions", counted)
+    assert len(list(engine.generate(requests, GREEDY))) == len(requests)
+    assert sorted(spared) == [0] * SLOTS + [64] * 7 * SLOTS
+
+
 def shuffled(requests: list[Request]) -> list[Request]:
     return [requests[place] for place in np.random.default_rng(3).permutation(len(requests))]
 

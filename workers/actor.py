@@ -36,8 +36,9 @@ from workers.prompts import Preparer, load_preparer
 from workers.scoring import open_scorer
 
 if TYPE_CHECKING:
-    from workers.gradient import GradientModel, Loss, PartialGradient
+    from workers.gradient import GradientModel, Loss, PartialGradient, Speaker
     from workers.samples import Sample
+    from workers.teacher import Teacher
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 1.0
@@ -47,7 +48,8 @@ CPU_KV_CACHE_GIB = 1.0
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
     """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
-    `slots` the most members in a chunk, `parameters` those of the base model that multiply."""
+    `slots` the most members in a chunk, `parameters` those of the base model that multiply, `teacher` the teacher's
+    fingerprint where there is one."""
 
     config: Config
     space: LoraSpace
@@ -55,6 +57,7 @@ class WorkerSetup:
     canary: tuple[tuple[int, ...], ...]
     slots: int
     parameters: int
+    teacher: str | None = None
 
     @property
     def adapted_parameters(self) -> int:
@@ -147,7 +150,14 @@ class Worker:
         """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model. And the
         seconds that it took."""
         started = time.perf_counter()
-        rows = self._gradients_at(theta, version).logprobs(samples, temperature, adapter=theta is not None)
+        of: Speaker = "base" if theta is None else "theta"
+        rows = self._gradients_at(theta, version).logprobs(samples, temperature, of)
+        return rows, time.perf_counter() - started
+
+    def teacher_logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> tuple[list[Vector], float]:
+        """Log-probabilities of samples' completion tokens by the teacher, and the seconds that it took."""
+        started = time.perf_counter()
+        rows = self._gradients_at(None, -1).logprobs(samples, temperature, "teacher")
         return rows, time.perf_counter() - started
 
     def release_gradients(self) -> None:
@@ -236,7 +246,20 @@ def build_gradient_model(setup: WorkerSetup, model: Path) -> GradientModel:
     engine = setup.config.engine
     assert engine.kind != "simulated", "there is no model"
     device = engine.device if engine.kind == "hf" else "auto"
-    return GradientModel(model, setup.space, engine.dtype, _device(device))
+    return GradientModel(model, setup.space, engine.dtype, _device(device), _teacher(setup, model))
+
+
+def _teacher(setup: WorkerSetup, model: Path) -> Teacher | None:
+    """This machine's copy of the teacher. Raises ValueError if it is not the driver's."""
+    from workers.teacher import find_teacher
+
+    method = setup.config.method
+    if method.kind != "opd":
+        return None
+    teacher = find_teacher(method.teacher, model)
+    if teacher.fingerprint != setup.teacher:
+        raise ValueError("method.teacher: it differs on this node from the teacher that the run was started with")
+    return teacher
 
 
 def _noise_cache_bytes(setup: WorkerSetup) -> int:

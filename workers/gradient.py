@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Vector
-from workers.peft_model import factor_weight, load_peft_model, put_on
+from workers.peft_model import factor_weight, load_frozen_model, load_peft_model, put_on
 from workers.samples import Sample
+from workers.teacher import Teacher
+
+Speaker = Literal["theta", "base", "teacher"]
+"""Whose word it is: the model's that wears theta, the base model's, or the teacher's."""
+
+TEACHER = "teacher"
+"""PEFT's name of the teacher's adapter, where it is one on the run's own base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +94,42 @@ def _stacked(values: Sequence[Any]) -> torch.Tensor:
 class Outputs:
     """What the model says at the completion tokens of a micro-batch, which it was given the prompts for."""
 
-    def __init__(self, model: GradientModel, batch: Batch, *, adapter: bool = True) -> None:
+    def __init__(self, model: GradientModel, batch: Batch, of: Speaker = "theta") -> None:
         self._model = model
         self._batch = batch
-        self._logits = model.logits(batch, adapter=adapter)
+        self._logits = model.logits(batch, of)
 
     def logprobs(self, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of the completion tokens, (S, T), zero at padding."""
-        logits = self._at(temperature)
-        chosen = logits.gather(-1, self._batch.completion_ids[self._batch.mask][:, None])[:, 0]
+        """Log-probabilities of the completion tokens, (S, T), zero at padding; of a token that the model lacks -inf."""
+        logits = self.logits(temperature)
+        ids = self._batch.completion_ids[self._batch.mask]
+        known = ids < logits.shape[-1]
+        chosen = logits.gather(-1, ids.where(known, 0)[:, None])[:, 0].where(known, -torch.inf)
         return self._batch.spread(chosen - logits.logsumexp(-1))
 
     def log_softmax(self, temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities of every token of the vocabulary at the n completion tokens, (n, V), sample by sample;
         `Batch.spread` arranges what is made of them."""
-        return self._at(temperature).log_softmax(-1)
+        return self.logits(temperature).log_softmax(-1)
+
+    def logits(self, temperature: float = 1.0) -> torch.Tensor:
+        """The logits that predict the n completion tokens, (n, V), over the temperature."""
+        return self._logits if temperature == 1 else self._logits / temperature
 
     @cached_property
     def base(self) -> Outputs:
         """What the base model says of the same completions: the adapter is off, and nothing is differentiated."""
-        with torch.no_grad():
-            return Outputs(self._model, self._batch, adapter=False)
+        return self._frozen("base")
 
-    def _at(self, temperature: float) -> torch.Tensor:
-        return self._logits if temperature == 1 else self._logits / temperature
+    @cached_property
+    def teacher(self) -> Outputs:
+        """What the teacher says of the same completions; nothing is differentiated. Its V, which may be smaller than
+        the model's, counts the tokens that the outputs of both have."""
+        return self._frozen("teacher")
+
+    def _frozen(self, speaker: Speaker) -> Outputs:
+        with torch.no_grad():
+            return Outputs(self._model, self._batch, speaker)
 
 
 class Loss(Protocol):
@@ -133,14 +152,23 @@ class PartialGradient:
 
 
 class GradientModel:
-    """A causal language model whose adapter is theta; the base model is frozen, dropout is off."""
+    """A causal language model whose adapter is theta, and the teacher if there is one; all but theta is frozen, dropout
+    is off."""
 
-    def __init__(self, model: Path, space: LoraSpace, dtype: str = "auto", device: str = "cpu") -> None:
-        """`dtype` is that of the base model; theta's factors and all probabilities are float32 (float64 where it
-        is)."""
+    def __init__(
+        self, model: Path, space: LoraSpace, dtype: str = "auto", device: str = "cpu", teacher: Teacher | None = None
+    ) -> None:
+        """`dtype` is that of the base model and the teacher; theta's factors and all probabilities are float32 (float64
+        where it is). A teacher that is the base model, with an adapter or without, is not loaded again."""
         self._space = space
         self._device = torch.device(device)
         self._model = load_peft_model(model, space, dtype, device)
+        self._teacher = teacher
+        self._other = None  # the teacher's model, where it is not the base model
+        if teacher is not None and teacher.model is not None:
+            self._other = load_frozen_model(teacher.model, teacher.adapter, dtype, device)
+        elif teacher is not None and teacher.adapter is not None:
+            self._model.load_adapter(teacher.adapter, TEACHER)
         self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
         self._freeze()
         self.set_theta(space.start())
@@ -150,10 +178,10 @@ class GradientModel:
         put_on(self._model, self._space, theta)
 
     @torch.no_grad()
-    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0, *, adapter: bool = True) -> list[Vector]:
-        """Log-probabilities of each sample's completion tokens; without the adapter, the base model's."""
+    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0, of: Speaker = "theta") -> list[Vector]:
+        """Log-probabilities of each sample's completion tokens."""
         batch = collate(samples).to(self._device)
-        found = Outputs(self, batch, adapter=adapter).logprobs(temperature).float().cpu().numpy()
+        found = Outputs(self, batch, of).logprobs(temperature).float().cpu().numpy()
         return [row[: len(sample.completion_ids)] for row, sample in zip(found, samples, strict=True)]
 
     def gradient(self, loss: Loss, samples: Sequence[Sample]) -> PartialGradient:
@@ -170,16 +198,15 @@ class GradientModel:
             metrics={name: float(number) for name, number in metrics.items()},
         )
 
-    def logits(self, batch: Batch, *, adapter: bool) -> torch.Tensor:
+    def logits(self, batch: Batch, of: Speaker) -> torch.Tensor:
         """The logits that predict the n completion tokens, (n, V), in float32 or wider."""
-        # The hidden states are thinned out on their way into the output layer: logits of prompts and padding would take
-        # most of the memory. Causal attention never looks at padding on the right, so no mask is needed.
-        thin_out = self._model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: inputs[0][batch.predicts][None]
-        )
-        with thin_out, nullcontext() if adapter else self._without_adapter():
-            logits = self._model(input_ids=batch.token_ids, use_cache=False).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if of == "teacher" and self._other is not None:
+            # The same vocabulary may be padded to other sizes: what is beyond either's end is the text of no token.
+            most = self._other.get_input_embeddings().num_embeddings - 1
+            readable = replace(batch, token_ids=batch.token_ids.clamp(max=most))
+            return _completion_logits(self._other, readable)[:, : self._model.get_output_embeddings().out_features]
+        with self._speaking(of):
+            return _completion_logits(self._model, batch)
 
     def rest(self) -> None:
         """Leave a GPU's memory to others."""
@@ -196,15 +223,40 @@ class GradientModel:
             factor.requires_grad_(True)
 
     @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        with self._model.disable_adapter():
+    def _speaking(self, of: Speaker) -> Iterator[None]:
+        """Inside, the model wears what makes it that speaker."""
+        if of == "theta":
             yield
+            return
+        assert of == "base" or self._teacher is not None, "there is no teacher"
+        if of == "teacher" and self._teacher is not None and self._teacher.adapter is not None:
+            self._model.set_adapter(TEACHER, inference_mode=True)
+            try:
+                yield
+            finally:
+                self._model.set_adapter("default")
+        else:
+            with self._model.disable_adapter():
+                yield
         self._freeze()  # PEFT would have both factors trained from now on
 
     def _move(self, device: torch.device) -> None:
         if self._device.type == "cuda" and self._factors[0].device.type != device.type:
-            self._model.to(device)  # in place: the parameters stay the same objects
+            for model in (self._model, self._other):
+                if model is not None:
+                    model.to(device)  # in place: the parameters stay the same objects
             torch.cuda.empty_cache()
+
+
+def _completion_logits(model: Any, batch: Batch) -> torch.Tensor:
+    # The hidden states are thinned out on their way into the output layer: logits of prompts and padding would take
+    # most of the memory. Causal attention never looks at padding on the right, so no mask is needed.
+    thin_out = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: inputs[0][batch.predicts][None]
+    )
+    with thin_out:
+        logits = model(input_ids=batch.token_ids, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager

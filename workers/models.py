@@ -68,7 +68,7 @@ def linear_matrices(folder: Path, targets: Literal["all-linear"] | Sequence[str]
     "all-linear" means every one but the output embedding, as in PEFT; otherwise each target is the end of a module path
     (`q_proj`, `layers.0.mlp.up_proj`). Raises ValueError for a target that names no such layer.
     """
-    shapes = _linear_shapes(folder)
+    shapes = linear_shapes(folder)
     if targets != "all-linear":
         _check_targets(targets, shapes)
         shapes = {name: shape for name, shape in shapes.items() if any(_ends_in(name, target) for target in targets)}
@@ -77,6 +77,16 @@ def linear_matrices(folder: Path, targets: Literal["all-linear"] | Sequence[str]
         Matrix(name, out_features, in_features, rms=_rms(files, f"{name}.weight"))
         for name, (out_features, in_features) in shapes.items()
     ]
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """The linear layers of a causal language model but the output embedding, in module order: (out, in) by name."""
+    model = _without_weights(folder)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
 
 
 def multiplying_parameters(folder: Path) -> int:
@@ -192,15 +202,6 @@ def _tokenizer(gguf_file: Path) -> Any:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    model = _without_weights(folder)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-    }
 
 
 def _without_weights(folder: Path) -> Any:

@@ -17,9 +17,8 @@ def load_peft_model(model: Path, space: LoraSpace, dtype: str, device: str) -> A
     `dtype` is that of the base model, `auto` its own; the adapter is float32, or float64 as the base.
     """
     import peft
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    base = _base(model, dtype)
     config = peft.LoraConfig(
         r=space.rank,
         lora_alpha=space.alpha,
@@ -27,6 +26,21 @@ def load_peft_model(model: Path, space: LoraSpace, dtype: str, device: str) -> A
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(base, config).eval().to(device)
+
+
+def load_frozen_model(model: Path, adapter: Path | None, dtype: str, device: str) -> Any:
+    """The causal language model in a folder, with the PEFT adapter in another if there is one, not to be trained."""
+    import peft
+
+    base = _base(model, dtype)
+    worn = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter)
+    return worn.eval().requires_grad_(False).to(device)
+
+
+def _base(model: Path, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def factor_weight(model: Any, matrix: str, factor: Factor) -> torch.nn.Parameter:

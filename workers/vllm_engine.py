@@ -54,7 +54,7 @@ class VllmEngine:
 
         sets = _sets(space, slots)
         self._rests = options.rests and current_platform.is_sleep_mode_available()  # not on a CPU
-        arguments = _llm_arguments(space, sets * slots, options) | cpu_tuning.engine_arguments()
+        arguments = cpu_tuning.engine_arguments() | _llm_arguments(space, sets * slots, options)
         arguments |= {"enable_sleep_mode": True} if self._rests else {}
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots

@@ -5,7 +5,14 @@ from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.loading import dump_config, load_config, load_task, parse_config, task_kinds
-from es_engine.config.method import DpoMethodConfig, EsMethodConfig, GrpoMethodConfig, SftMethodConfig
+from es_engine.config.method import (
+    DpoMethodConfig,
+    EsMethodConfig,
+    GrpoMethodConfig,
+    OpdMethodConfig,
+    SftMethodConfig,
+    TeacherConfig,
+)
 from es_engine.config.model import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from es_engine.config.optimizer import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
 from es_engine.config.pool import PoolConfig
@@ -53,6 +60,7 @@ __all__ = [
     "MathTaskConfig",
     "ModelConfig",
     "MultiTurnTaskConfig",
+    "OpdMethodConfig",
     "OptimizerConfig",
     "PoolConfig",
     "PretrainedModelConfig",
@@ -64,6 +72,7 @@ __all__ = [
     "SingleTurnTaskConfig",
     "SudokuTaskConfig",
     "TaskConfigModel",
+    "TeacherConfig",
     "TelemetryConfig",
     "TinyModelConfig",
     "VllmEngineConfig",

@@ -19,6 +19,7 @@ from es_engine.config.tasks import TaskConfig, TaskConfigModel
 from rewards.base import DIALECTS
 
 Tree = dict[str, Any]
+_Absolute = Callable[[str, Path], str]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -133,16 +134,24 @@ def _override_tree(overrides: Sequence[str]) -> Tree:
 
 def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
     """The same mapping with the paths of files absolute, each found in `folder` or else in the current directory."""
-    for (axis, field), absolute in _PATHS.items():
-        section = tree.get(axis)
-        # The source of a tiny model is no place.
-        if isinstance(section, dict) and isinstance(section.get(field), str) and section.get("kind") != "tiny":
-            tree = {**tree, axis: {**section, field: absolute(section[field], folder)}}
+    for keys, absolute in _PATHS.items():
+        tree = _with_absolute_path(tree, keys, absolute, folder)
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("reward"), dict):
         parts = {name: _part(part, folder) for name, part in task["reward"].items()}
         tree = {**tree, "task": {**task, "reward": parts}}
     return tree
+
+
+def _with_absolute_path(tree: Tree, keys: tuple[str, ...], absolute: _Absolute, folder: Path) -> Tree:
+    """The same mapping with the path at nested keys absolute, where there is one."""
+    first, *rest = keys
+    found = tree.get(first)
+    if rest and isinstance(found, dict):
+        return {**tree, first: _with_absolute_path(found, tuple(rest), absolute, folder)}
+    if rest or not isinstance(found, str) or tree.get("kind") == "tiny":  # whose source is no place
+        return tree
+    return {**tree, first: absolute(found, folder)}
 
 
 def _part(part: Any, folder: Path) -> Any:
@@ -156,7 +165,7 @@ def _part(part: Any, folder: Path) -> Any:
 
 
 def _file(name: str, folder: Path) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is, where that of Path raises
     return os.path.abspath(folder / path if os.path.exists(folder / path) else path)
 
 
@@ -185,8 +194,10 @@ _FILE_OF_VERIFIER = re.compile(
     rf"(?P<dialect>({'|'.join(DIALECTS)}):)?(?P<path>.+?\.py)(?P<rest>(:\w+)?(\(.*\))?)", re.S
 )
 
-_PATHS: dict[tuple[str, str], Callable[[str, Path], str]] = {
+_PATHS: dict[tuple[str, ...], _Absolute] = {
     ("model", "source"): _model_source,
+    ("method", "teacher", "model"): _model_source,
+    ("method", "teacher", "adapter"): _file,
     ("space", "init"): _file,
     ("method", "data"): _data,
     ("task", "data"): _data,

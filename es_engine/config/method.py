@@ -128,6 +128,67 @@ class GrpoMethodConfig(GradientMethodConfig):
         return self.scale_rewards or ("none" if self.loss == "dr_grpo" else "std")
 
 
+class TeacherConfig(ConfigModel):
+    """The model that is imitated."""
+
+    model: Text | None = Field(
+        default=None,
+        description="As model.source, with the vocabulary of the run's base model; null: that base model.",
+    )
+    adapter: Text | None = Field(
+        default=None, description="Folder of a PEFT adapter that the teacher wears; null: none."
+    )
+
+    @model_validator(mode="after")
+    def _is_not_the_student(self) -> Self:
+        if self.model is None and self.adapter is None:
+            raise problem("model", None, "a model, or null beside an adapter")
+        return self
+
+
+class OpdMethodConfig(GradientMethodConfig):
+    """On-policy distillation (Agarwal et al., arXiv 2306.13649; Lu and Thinking Machines Lab, 2025)."""
+
+    kind: Literal["opd"] = Field(
+        default="opd", description="On-policy distillation: a teacher's opinion of the student's own completions."
+    )
+    teacher: TeacherConfig = Field(description="The model that is imitated.")
+    form: Literal["sampled", "exact"] = Field(
+        default="sampled",
+        description="The reverse KL of each token: estimated from the token alone, or summed over the vocabulary.",
+    )
+    prompts: PositiveInt = Field(default=32, description="Prompts in a step.")
+    samples: PositiveInt = Field(default=4, description="Completions of each prompt.")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="Sampling temperature, at which student and teacher are compared too."
+    )
+    chunk: PositiveInt = Field(default=8, description="Prompts whose completions are drawn in one engine call.")
+    epochs: PositiveInt = Field(default=1, description="Passes over a step's completions.")
+    minibatches: PositiveInt = Field(default=1, description="Updates of theta in a pass.")
+    importance_cap: PositiveFloat | None = Field(
+        default=2.0,
+        description="Most that a token of the sampled form counts for being likelier to the trainer than to the "
+        "engine; null: all count 1.",
+    )
+
+    @model_validator(mode="after")
+    def _minibatches_have_prompts(self) -> Self:
+        if self.minibatches > self.prompts:
+            raise problem("minibatches", self.minibatches, f"at most prompts ({self.prompts})")
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_tells_what_it_sampled_with(self) -> Self:
+        if self.weighted and self.temperature != 1:
+            raise problem("importance_cap", self.importance_cap, "null unless temperature is 1")
+        return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the engine's log-probabilities weigh tokens."""
+        return self.form == "sampled" and self.importance_cap is not None
+
+
 class SftMethodConfig(GradientMethodConfig):
     """Supervised fine-tuning: the cross-entropy of given completions."""
 
@@ -164,5 +225,6 @@ class DpoMethodConfig(GradientMethodConfig):
 
 
 MethodConfig = Annotated[
-    EsMethodConfig | GrpoMethodConfig | SftMethodConfig | DpoMethodConfig, Field(discriminator="kind")
+    EsMethodConfig | GrpoMethodConfig | OpdMethodConfig | SftMethodConfig | DpoMethodConfig,
+    Field(discriminator="kind"),
 ]

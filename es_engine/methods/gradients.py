@@ -87,9 +87,21 @@ def logprobs(
 ) -> LogProbs:
     """Log-probabilities of the samples' completions at theta (as the pool shares it, `version` names it); where theta
     is None, by the base model."""
+    return _logprobs(pool, "logprobs", samples, max_tokens, theta, version, temperature)
+
+
+def teacher_logprobs(
+    pool: CallRunner, samples: Sequence[Sample], *, max_tokens: int, temperature: float = 1.0
+) -> LogProbs:
+    """The teacher's log-probabilities of the samples' completions."""
+    return _logprobs(pool, "teacher_logprobs", samples, max_tokens, temperature)
+
+
+def _logprobs(pool: CallRunner, method: str, samples: Sequence[Sample], max_tokens: int, *arguments: Any) -> LogProbs:
+    """What a method of the workers says of all samples, given micro-batches of them and the other arguments."""
     batches = micro_batches(samples, max_tokens)
     calls = [
-        Call(f"log-probs {number}", "logprobs", ([samples[place] for place in places], theta, version, temperature))
+        Call(f"{method} {number}", method, ([samples[place] for place in places], *arguments))
         for number, places in enumerate(batches)
     ]
     found: dict[int, Vector] = {}

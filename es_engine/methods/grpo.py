@@ -13,16 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from es_engine import losses
 from es_engine.config.method import GrpoMethodConfig
 from es_engine.methods import policy
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
-from es_engine.methods.gradients import Gradient
 from es_engine.methods.rollouts import total_costs
 from es_engine.methods.updates import GRADIENT_SLOTS, Updates
 from workers.engine import Sampling, Vector
@@ -87,15 +84,9 @@ class Grpo:
         spent = total_costs(rollouts.results)
         if updates > 1:
             old, costs = self._updates.logprobs(pool, samples, shared, step * updates, config.temperature)
-            samples = [each.with_value("old", row) for each, row in zip(samples, old, strict=True)]
+            samples = policy.with_values(samples, "old", old)
             spent += costs
-        found: list[Gradient] = []
-        for update in range(updates):
-            minibatch = self._minibatch(samples, update % config.minibatches)
-            gradient = self._updates.gradient(pool, self._loss(minibatch), minibatch, shared, step * updates + update)
-            found.append(gradient)
-            theta = yield -gradient.gradient
-            shared = pool.put(theta)
+        found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
         record["times"]["rollouts"] = rolled_out - started
         record["times"]["update"] = time.perf_counter() - rolled_out
@@ -106,20 +97,10 @@ class Grpo:
         advantages = losses.advantages(torch.from_numpy(rollouts.rewards), scale).flatten().tolist()
         samples = []
         for problem, completion, advantage in zip(rollouts.asked, rollouts.completions, advantages, strict=True):
-            values: dict[str, Any] = {
-                "advantage": advantage,
-                "learn": float(not (mask_truncated and completion.finish_reason == "length")),
-            }
-            if completion.logprobs is not None:
-                values["sampled"] = np.array(completion.logprobs, dtype=np.float32)
+            learn = float(not (mask_truncated and completion.finish_reason == "length"))
+            values = {"advantage": advantage, "learn": learn, **policy.sampled_logprobs(completion)}
             samples.append(Sample(problem.prompt_ids, completion.token_ids, values))
         return samples
-
-    def _minibatch(self, samples: Sequence[Sample], number: int) -> list[Sample]:
-        """Whole groups: every so-manieth prompt's."""
-        config = self.config
-        prompts = range(number, config.prompts, config.minibatches)
-        return [sample for prompt in prompts for sample in samples[prompt * config.samples :][: config.samples]]
 
     def _loss(self, samples: Sequence[Sample]) -> GrpoLoss:
         config = self.config

@@ -1,21 +1,27 @@
-"""What methods that learn from the center's own completions share: drawing them, and what is recorded of them.
+"""What methods that learn from the center's own completions share: drawing them, going over them, and what is recorded
+of them.
 
 Shapes: P prompts, n completions of each, T tokens of a completion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.config.method import GrpoMethodConfig, OpdMethodConfig
 from es_engine.methods.base import CallRunner
+from es_engine.methods.gradients import Gradient
 from es_engine.methods.rollouts import evaluate, figures, mean
+from es_engine.methods.updates import Updates
 from workers.chunks import Chunk, ChunkResult, Problem
-from workers.engine import CENTER, Completion, Sampling
+from workers.engine import CENTER, Completion, Sampling, Vector
+from workers.gradient import Loss
+from workers.samples import Sample, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,46 @@ def roll_out(
         completions=[completion for result in results for completion in _completions(result)],
         results=results,
     )
+
+
+def learn(
+    pool: CallRunner,
+    theta: Any,
+    step: int,
+    samples: Sequence[Sample],
+    loss: Callable[[Sequence[Sample]], Loss],
+    config: GrpoMethodConfig | OpdMethodConfig,
+    updates: Updates,
+) -> Generator[Vector, Vector, list[Gradient]]:
+    """Go over a step's samples `epochs` times in `minibatches`, from theta (as the pool shares it): directions that are
+    answered by where they led, as those of a method. `loss` is that of a minibatch; the gradients come back."""
+    found: list[Gradient] = []
+    number = config.epochs * config.minibatches
+    for update in range(number):
+        minibatch = _minibatch(samples, config, update % config.minibatches)
+        gradient = updates.gradient(pool, loss(minibatch), minibatch, theta, step * number + update)
+        found.append(gradient)
+        theta = pool.put((yield -gradient.gradient))
+    return found
+
+
+def _minibatch(samples: Sequence[Sample], config: GrpoMethodConfig | OpdMethodConfig, number: int) -> list[Sample]:
+    """Whole groups: every so-manieth prompt's."""
+    prompts = range(number, config.prompts, config.minibatches)
+    return [sample for prompt in prompts for sample in samples[prompt * config.samples :][: config.samples]]
+
+
+def with_values(samples: Sequence[Sample], name: str, values: Sequence[Value]) -> list[Sample]:
+    """The same samples, each with one more value."""
+    return [sample.with_value(name, value) for sample, value in zip(samples, values, strict=True)]
+
+
+def sampled_logprobs(completion: Completion) -> dict[str, Value]:
+    """The engine's log-probabilities of a completion's tokens as a value of its sample, `sampled`, where there are
+    any."""
+    if completion.logprobs is None:
+        return {}
+    return {"sampled": np.array(completion.logprobs, dtype=np.float32)}
 
 
 def record(rollouts: Rollouts) -> dict[str, Any]:

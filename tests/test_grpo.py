@@ -1,0 +1,228 @@
+"""GRPO: a model learns, the same on any number of workers, and whatever happens to the driver."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from es_engine import train
+from es_engine.config import ConfigError, GrpoMethodConfig, parse_config
+from es_engine.ledger import Ledger, first_difference
+from es_engine.methods.grpo import Grpo, GrpoLoss
+from es_engine.methods.policy import Rollouts
+from es_engine.methods.updates import Updates
+from es_engine.trainer import replay, resume
+from rewards.base import Example
+from workers.chunks import Problem
+from workers.engine import Completion, Sampling
+
+VERIFIER = """
+def digits(rollout):
+    text = rollout.completion
+    return sum(character.isdigit() for character in text) / max(1, len(text))
+"""
+STEPS = 6
+ES_ENGINE = Path(sys.executable).with_name("es-engine")
+
+
+def settings(folder: Path, model: Path | str, **method: Any) -> dict[str, Any]:
+    verifier = folder / "verifier.py"
+    verifier.write_text(VERIFIER)
+    return {
+        "name": "grpo",
+        "model": {"source": str(model)},
+        "space": {"rank": 4, "alpha": 8.0, "train": "AB"},
+        "method": {"kind": "grpo", "prompts": 6, "samples": 6, "chunk": 2, "micro_batch_tokens": 256, **method},
+        "optimizer": {"kind": "adam", "lr": 0.02},
+        "task": {"template": "plain", "high": 9, "max_tokens": 8, "verifier": f"{verifier}:digits"},
+        "pool": {"workers": 1},
+        "engine": {"kind": "hf", "dtype": "float32", "device": "cpu"},
+        "budget": {"generations": STEPS},
+        "evaluation": {"every": 3, "problems": 8, "chunk": 8},
+        "telemetry": {"console": False, "tensorboard": False},
+    }
+
+
+# What is learned from.
+
+
+def grpo(**changes: Any) -> Grpo:
+    config = GrpoMethodConfig(**{"prompts": 2, "samples": 3, **changes})
+    return Grpo(config, Sampling(4, 3, 1.0), Updates(config, dim=1, parameters=1, adapted=1))
+
+
+def rollouts(rewards: list[list[float]]) -> Rollouts:
+    """Two prompts with three completions each, of one to three tokens; the longest were cut short."""
+    problems = [Problem(Example(name, "", {}, prompt=name), name, (5, 6)) for name in "ab"]
+    completions = [
+        Completion(number, sample, "", (7,) * (1 + sample), "length" if sample == 2 else "stop", (-1.0,) * (1 + sample))
+        for number in range(2)
+        for sample in range(3)
+    ]
+    return Rollouts(problems, np.array(rewards), completions, [])
+
+
+def test_a_completions_advantage_is_its_rewards_place_in_its_group() -> None:
+    nan = float("nan")
+    samples = grpo(scale_rewards="none")._samples(rollouts([[1.0, 2.0, 6.0], [4.0, nan, 4.0]]))
+    assert [sample.values["advantage"] for sample in samples] == [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]
+    assert [sample.completion_ids for sample in samples] == [(7,), (7, 7), (7, 7, 7)] * 2
+    scaled = grpo()._samples(rollouts([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    spread = np.std([1, 2, 6], ddof=1) + 1e-4
+    np.testing.assert_allclose(
+        [sample.values["advantage"] for sample in scaled[:3]], np.array([-2, -1, 3]) / spread, rtol=1e-6
+    )
+
+
+def test_dr_grpo_does_not_scale_by_itself() -> None:
+    assert [GrpoMethodConfig(loss=loss).reward_scale for loss in ("grpo", "dr_grpo", "dapo", "gspo")] == [
+        "std",
+        "none",
+        "std",
+        "std",
+    ]
+
+
+def test_truncated_completions_count_for_nothing_where_that_is_asked() -> None:
+    samples = grpo(mask_truncated=True)._samples(rollouts([[1.0, 2.0, 6.0]] * 2))
+    assert [sample.values["learn"] for sample in samples] == [1.0, 1.0, 0.0] * 2
+    assert grpo(mask_truncated=True)._loss(samples).normaliser == 2 * (1 + 2)
+    assert grpo()._loss(grpo()._samples(rollouts([[1.0, 2.0, 6.0]] * 2))).normaliser == 2 * (1 + 2 + 3)
+
+
+def test_minibatches_are_whole_groups_and_together_all() -> None:
+    method = grpo(minibatches=2)
+    samples = method._samples(rollouts([[1.0, 2.0, 6.0], [0.0, 1.0, 5.0]]))
+    halves = [method._minibatch(samples, number) for number in range(2)]
+    assert [len(half) for half in halves] == [3, 3]
+    assert [sample for half in halves for sample in half] == samples
+
+
+class Said:
+    """In place of a model's outputs: log-probabilities that gradients reach."""
+
+    def __init__(self, logprobs: torch.Tensor) -> None:
+        self._logprobs = logprobs
+
+    def logprobs(self, temperature: float = 1.0) -> torch.Tensor:
+        assert temperature == 1
+        return self._logprobs
+
+
+def test_a_single_update_follows_advantages_and_what_the_engine_found_less_likely() -> None:
+    """d loss / d logprob = -advantage * min(p/q, cap) / normaliser at every token to learn from."""
+    from workers.gradient import collate
+
+    method = grpo(scale_rewards="none")
+    samples = method._samples(rollouts([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
+    batch = collate(samples)
+    logprobs = torch.full(batch.mask.shape, -0.5, requires_grad=True)
+    value, sums = method._loss(samples)(Said(logprobs), batch)  # type: ignore[arg-type]
+    value.backward()
+    weight = min(np.exp(-0.5 + 1.0), 2.0)
+    advantages = torch.tensor([-2.0, -1.0, 3.0, -1.0, -1.0, 2.0])[:, None]
+    expected = torch.where(batch.mask, -advantages * weight / 12, 0.0)
+    torch.testing.assert_close(logprobs.grad, expected)
+    assert float(sums["tokens"]) == 12
+
+
+def test_the_loss_is_what_is_sent_to_workers() -> None:
+    import pickle
+
+    loss = grpo()._loss(grpo()._samples(rollouts([[1.0, 2.0, 6.0]] * 2)))
+    assert isinstance(loss, GrpoLoss)
+    assert pickle.loads(pickle.dumps(loss)) == loss
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("grpo")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, random_llama: Path) -> Path:
+    """A run with several updates a step, on one worker, that nothing happened to."""
+    config = parse_config(settings(folder, random_llama, epochs=2, minibatches=2, beta=0.01))
+    return train(config, folder / "undisturbed").folder.path
+
+
+@pytest.mark.ray
+def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
+    before, after = (Ledger(undisturbed / "eval.jsonl").lines[place]["reward"] for place in (0, -1))
+    assert after > before + 0.3
+    lines = Ledger(undisturbed / "ledger.jsonl").generations
+    assert [line["moves"] for line in lines] == [4] * STEPS
+    assert all(line["learning"]["kl"] > 0 for line in lines[1:])
+    assert all(0.5 < line["learning"]["ratio"] < 2 for line in lines)
+    for line in lines:
+        tokens = line["tokens"]
+        read = line["prompt_tokens"] * 6 + tokens
+        assert line["costs"]["generated"] == tokens
+        # Once to be drawn; once for the old log-probabilities; twice by the policy and twice by the base model.
+        assert line["costs"]["processed"] == line["prompt_tokens"] + tokens + 5 * read
+
+
+@pytest.mark.ray
+def test_two_workers_and_a_killed_driver_change_nothing(undisturbed: Path, folder: Path, random_llama: Path) -> None:
+    given = settings(folder, random_llama, epochs=2, minibatches=2, beta=0.01) | {"pool": {"workers": 2}}
+    config, run = folder / "two.yaml", folder / "two"
+    config.write_text(yaml.safe_dump(given))
+    with subprocess.Popen([ES_ENGINE, "train", config, "--run-dir", run], stderr=subprocess.DEVNULL) as driver:
+        while not (run / "ledger.jsonl").exists() or len(Ledger(run / "ledger.jsonl").generations) < 2:
+            assert driver.poll() is None
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGKILL)
+    done = len(Ledger(run / "ledger.jsonl").generations)
+    assert 2 <= done < STEPS
+    resume(run)
+    assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / "adapter" / file).read_bytes() == (undisturbed / "adapter" / file).read_bytes()
+
+
+@pytest.mark.ray
+def test_replay_gives_what_was_kept_and_says_what_that_is(undisturbed: Path, folder: Path) -> None:
+    replayed = replay(undisturbed, STEPS, folder / "replayed")
+    name = "adapter_model.safetensors"
+    assert (replayed / name).read_bytes() == (undisturbed / "adapter" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"^--step: grpo is replayed from checkpoints; there are 3, 5, 6$"):
+        replay(undisturbed, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method": {"kind": "grpo", "samples": 1}}, "method.samples: got 1, accepted is an integer >= 2"),
+        (
+            {"engine": {"kind": "simulated"}},
+            'engine.kind: got "simulated", accepted is vllm or hf while method.kind is grpo',
+        ),
+        (
+            {"task": {"kind": "guess"}},
+            'task.kind: got "guess", accepted is a task of one turn while method.kind is grpo',
+        ),
+        ({"method": {"kind": "grpo", "temperature": 0.7}}, "method.importance_cap: got 2.0, accepted is null unless"),
+        (
+            {"method": {"kind": "grpo", "minibatches": 40}},
+            "method.minibatches: got 40, accepted is at most prompts (32)",
+        ),
+        ({"method": {"kind": "grpo", "sigma": 0.1}}, "method.sigma: "),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config(settings(tmp_path, "org/model") | changes)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
