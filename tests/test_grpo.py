@@ -17,6 +17,7 @@ import yaml
 from es_engine import train
 from es_engine.config import ConfigError, GrpoMethodConfig, parse_config
 from es_engine.ledger import Ledger, first_difference
+from es_engine.methods import policy
 from es_engine.methods.grpo import Grpo, GrpoLoss
 from es_engine.methods.policy import Rollouts
 from es_engine.methods.updates import Updates
@@ -102,7 +103,7 @@ def test_truncated_completions_count_for_nothing_where_that_is_asked() -> None:
 def test_minibatches_are_whole_groups_and_together_all() -> None:
     method = grpo(minibatches=2)
     samples = method._samples(rollouts([[1.0, 2.0, 6.0], [0.0, 1.0, 5.0]]))
-    halves = [method._minibatch(samples, number) for number in range(2)]
+    halves = [policy._minibatch(samples, method.config, number) for number in range(2)]
     assert [len(half) for half in halves] == [3, 3]
     assert [sample for half in halves for sample in half] == samples
 
