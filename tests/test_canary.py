@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from es_engine.spaces.lora import LoraSpace, Train, Units
 from workers import canary
@@ -185,7 +184,6 @@ def half_reference(random_llama: Path) -> HfEngine:
 def vllm_engine(random_llama: Path) -> Any:
     from workers.vllm_engine import VllmEngine, VllmOptions
 
-    torch.set_num_threads(1)
     options = VllmOptions(dtype="bfloat16", kv_cache_bytes=32 << 20, max_model_len=256)
     return VllmEngine(random_llama, build_space(random_llama), RUN_SEED, 2, 0, options)
 

@@ -39,12 +39,6 @@ LAYOUTS = {
 SHARED = (None, "A", "B")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """Matrices this small are slower on two."""
-    torch.set_num_threads(1)
-
-
 @dataclass
 class Layer:
     """What a vLLM LoRA layer shows its wrapper, and a copy of what was `written` to its slots: (A, B) of each slice."""

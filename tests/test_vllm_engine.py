@@ -110,12 +110,6 @@ def differences(ones: Sequence[Vector], others: Sequence[Vector]) -> Vector:
     return np.abs(np.concatenate(ones) - np.concatenate(others))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """Matrices this small are slower on two."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def space(random_llama: Path) -> LoraSpace:
     return build_space(random_llama, CASES["rank 5 in 8, B"])
@@ -242,8 +236,12 @@ def test_the_center_is_taken_by_value(engine: VllmEngine, space: LoraSpace) -> N
 
 
 def test_what_prompts_of_a_slot_have_in_common_is_read_once(
-    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+    random_llama: Path, space: LoraSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In blocks of the engine's own choice, which are shorter than vLLM's."""
+    engine = build_engine(random_llama, space, block_size=None)
+    engine.set_center(random_center(space))
+    engine.write_slots(0, SIGMA, MEMBERS)
     (common,) = random_prompts(64)
     requests = [Request(slot, (*common, 3 + number)) for slot in range(SLOTS) for number in range(8)]
     spared: list[int] = []

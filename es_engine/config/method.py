@@ -82,17 +82,36 @@ class GradientMethodConfig(ConfigModel):
     )
 
 
-class GrpoMethodConfig(GradientMethodConfig):
+class PolicyMethodConfig(GradientMethodConfig):
+    """What every method has that goes over the center's own completions in updates."""
+
+    prompts: PositiveInt = Field(default=32, description="Prompts in a step.")
+    samples: PositiveInt = Field(description="Completions of each prompt.")
+    temperature: PositiveFloat = Field(default=1.0, description="Sampling temperature.")
+    chunk: PositiveInt = Field(default=8, description="Prompts whose completions are drawn in one engine call.")
+    epochs: PositiveInt = Field(default=1, description="Passes over a step's completions.")
+    minibatches: PositiveInt = Field(default=1, description="Updates of theta in a pass.")
+
+    @model_validator(mode="after")
+    def _minibatches_have_prompts(self) -> Self:
+        if self.minibatches > self.prompts:
+            raise problem("minibatches", self.minibatches, f"at most prompts ({self.prompts})")
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Updates of theta in a step."""
+        return self.epochs * self.minibatches
+
+
+class GrpoMethodConfig(PolicyMethodConfig):
     """Group relative policy optimisation (Shao et al., arXiv 2402.03300) and its descendants."""
 
     kind: Literal["grpo"] = Field(
         default="grpo", description="GRPO: rewards of a prompt's completions, relative to each other."
     )
-    prompts: PositiveInt = Field(default=32, description="Prompts in a step.")
     samples: Annotated[int, Field(ge=2)] = Field(default=8, description="Completions of each prompt: its group.")
-    temperature: PositiveFloat = Field(default=1.0, description="Sampling temperature.")
     top_p: Fraction = Field(default=1.0, description="Nucleus sampling: the probability mass that is kept.")
-    chunk: PositiveInt = Field(default=8, description="Prompts whose completions are drawn in one engine call.")
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = Field(
         default="dapo", description="How a step's tokens are averaged, and what a probability ratio is of."
     )
@@ -102,19 +121,11 @@ class GrpoMethodConfig(GradientMethodConfig):
     )
     clip: Clip = Field(default=(0.2, 0.2), description="How far a probability ratio may fall below 1 and rise above 1.")
     beta: NonNegativeFloat = Field(default=0.0, description="Weight of the KL divergence from the base model.")
-    epochs: PositiveInt = Field(default=1, description="Passes over a step's completions.")
-    minibatches: PositiveInt = Field(default=1, description="Updates of theta in a pass.")
     importance_cap: PositiveFloat | None = Field(
         default=2.0,
         description="Most that a token counts for being likelier to the trainer than to the engine; null: all count 1.",
     )
     mask_truncated: bool = Field(default=False, description="Learn nothing from completions that max_tokens ended.")
-
-    @model_validator(mode="after")
-    def _minibatches_have_prompts(self) -> Self:
-        if self.minibatches > self.prompts:
-            raise problem("minibatches", self.minibatches, f"at most prompts ({self.prompts})")
-        return self
 
     @model_validator(mode="after")
     def _the_engine_tells_what_it_sampled_with(self) -> Self:
@@ -146,7 +157,7 @@ class TeacherConfig(ConfigModel):
         return self
 
 
-class OpdMethodConfig(GradientMethodConfig):
+class OpdMethodConfig(PolicyMethodConfig):
     """On-policy distillation (Agarwal et al., arXiv 2306.13649; Lu and Thinking Machines Lab, 2025)."""
 
     kind: Literal["opd"] = Field(
@@ -157,25 +168,15 @@ class OpdMethodConfig(GradientMethodConfig):
         default="sampled",
         description="The reverse KL of each token: estimated from the token alone, or summed over the vocabulary.",
     )
-    prompts: PositiveInt = Field(default=32, description="Prompts in a step.")
     samples: PositiveInt = Field(default=4, description="Completions of each prompt.")
     temperature: PositiveFloat = Field(
         default=1.0, description="Sampling temperature, at which student and teacher are compared too."
     )
-    chunk: PositiveInt = Field(default=8, description="Prompts whose completions are drawn in one engine call.")
-    epochs: PositiveInt = Field(default=1, description="Passes over a step's completions.")
-    minibatches: PositiveInt = Field(default=1, description="Updates of theta in a pass.")
     importance_cap: PositiveFloat | None = Field(
         default=2.0,
         description="Most that a token of the sampled form counts for being likelier to the trainer than to the "
         "engine; null: all count 1.",
     )
-
-    @model_validator(mode="after")
-    def _minibatches_have_prompts(self) -> Self:
-        if self.minibatches > self.prompts:
-            raise problem("minibatches", self.minibatches, f"at most prompts ({self.prompts})")
-        return self
 
     @model_validator(mode="after")
     def _the_engine_tells_what_it_sampled_with(self) -> Self:

@@ -80,10 +80,9 @@ class Grpo:
         rollouts = policy.roll_out(pool, shared, step, batch, self._sampling, config.chunk)
         rolled_out = time.perf_counter()
         samples = self._samples(rollouts)
-        updates = config.epochs * config.minibatches
         spent = total_costs(rollouts.results)
-        if updates > 1:
-            old, costs = self._updates.logprobs(pool, samples, shared, step * updates, config.temperature)
+        if config.updates > 1:
+            old, costs = self._updates.logprobs(pool, samples, shared, step * config.updates, config.temperature)
             samples = policy.with_values(samples, "old", old)
             spent += costs
         found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)

@@ -115,9 +115,8 @@ class Opd:
         )
         judged = policy.with_values(samples, "teacher", teacher.rows)
         spent = costs_of(self._teacher_parameters, teacher.tokens, seconds=teacher.seconds)
-        updates = config.epochs * config.minibatches
-        if updates > 1:
-            old, costs = self._updates.logprobs(pool, samples, theta, step * updates, config.temperature)
+        if config.updates > 1:
+            old, costs = self._updates.logprobs(pool, samples, theta, step * config.updates, config.temperature)
             return policy.with_values(judged, "old", old), spent + costs
         return judged, spent
 

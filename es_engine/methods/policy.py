@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.config.method import GrpoMethodConfig, OpdMethodConfig
+from es_engine.config.method import PolicyMethodConfig
 from es_engine.methods.base import CallRunner
 from es_engine.methods.gradients import Gradient
 from es_engine.methods.rollouts import evaluate, figures, mean
@@ -71,22 +71,21 @@ def learn(
     step: int,
     samples: Sequence[Sample],
     loss: Callable[[Sequence[Sample]], Loss],
-    config: GrpoMethodConfig | OpdMethodConfig,
+    config: PolicyMethodConfig,
     updates: Updates,
 ) -> Generator[Vector, Vector, list[Gradient]]:
     """Go over a step's samples `epochs` times in `minibatches`, from theta (as the pool shares it): directions that are
     answered by where they led, as those of a method. `loss` is that of a minibatch; the gradients come back."""
     found: list[Gradient] = []
-    number = config.epochs * config.minibatches
-    for update in range(number):
+    for update in range(config.updates):
         minibatch = _minibatch(samples, config, update % config.minibatches)
-        gradient = updates.gradient(pool, loss(minibatch), minibatch, theta, step * number + update)
+        gradient = updates.gradient(pool, loss(minibatch), minibatch, theta, step * config.updates + update)
         found.append(gradient)
         theta = pool.put((yield -gradient.gradient))
     return found
 
 
-def _minibatch(samples: Sequence[Sample], config: GrpoMethodConfig | OpdMethodConfig, number: int) -> list[Sample]:
+def _minibatch(samples: Sequence[Sample], config: PolicyMethodConfig, number: int) -> list[Sample]:
     """Whole groups: every so-manieth prompt's."""
     prompts = range(number, config.prompts, config.minibatches)
     return [sample for prompt in prompts for sample in samples[prompt * config.samples :][: config.samples]]
