@@ -6,7 +6,6 @@ And its past: resume and replay.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from es_engine.config import Config
+from es_engine.config.base import flat
 from es_engine.costs import Costs
 from es_engine.evaluation import evaluate_center
 from es_engine.ledger import Ledger, Line, fingerprint, running_costs
@@ -241,18 +241,10 @@ def _check_header(materials: Materials, ledger: Ledger) -> None:
     found = ledger.header
     if found.get("kind") != "run":
         raise ValueError(f"{ledger.path}: the first line is not a run's")
-    for key, value in _flat(expected):
-        if dict(_flat(found)).get(key) != value:
-            was = dict(_flat(found)).get(key)
+    for key, value in flat(expected):
+        if dict(flat(found)).get(key) != value:
+            was = dict(flat(found)).get(key)
             raise ValueError(f"{ledger.path}: {key} is {value} now, but was {was} when the run began; it cannot go on")
-
-
-def _flat(line: Line, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in line.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _settle_sigma(session: Session, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
