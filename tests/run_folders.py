@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.compare.measures import (
+    BeforeAndAfter,
+    DeltaNorm,
+    KlToBase,
+    Measures,
+    SampledEvaluation,
+    write_measures,
+)
+from es_engine.compare.plan import Trial
 from es_engine.config import ComparisonConfig, Config, parse_comparison
 from es_engine.costs import Costs
 from es_engine.run_folder import RunFolder, write_json_lines
@@ -158,7 +166,26 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def write_json(path: Path, data: Any) -> Path:
-    """A JSON file."""
-    path.write_text(json.dumps(data))
+def made_up_measures(problems: int, other_tasks: Mapping[str, BeforeAndAfter] | None = None) -> Measures:
+    """The measures of a run whose test split has so many problems."""
+    return Measures(
+        sampled=SampledEvaluation(samples=4, temperature=1.0, correct=tuple(place % 5 for place in range(problems))),
+        kl=KlToBase(per_token=0.01, per_completion=0.1, completions=problems),
+        delta=DeltaNorm(absolute=2.0, relative=0.02),
+        other_tasks=dict(other_tasks or {}),
+    )
+
+
+def finish(
+    trial: Trial,
+    folder: Path,
+    accuracy: Array,
+    rewards: Array | None = None,
+    measures: Measures | None = None,
+    **run: Any,
+) -> Path:
+    """What a trial of a comparison in this folder leaves; the arguments of `write_run`. Its run folder."""
+    path = write_run(folder / trial.folder, trial.config, accuracy=accuracy, rewards=rewards, **run)
+    if trial.purpose == "final":
+        write_measures(path, measures or made_up_measures(accuracy.shape[1]))
     return path

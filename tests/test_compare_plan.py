@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import SHARED, comparison_of, write_json, write_run
+from run_folders import SHARED, comparison_of, finish
 
 from es_engine.compare.plan import (
     MEASURES,
@@ -20,14 +20,10 @@ from es_engine.compare.plan import (
 )
 
 
-def finish(trial: Trial, folder: Path, accuracy: float = 0.5, reward: float | None = None) -> None:
-    """Make up what the trial leaves."""
-    path = folder / trial.folder
-    problems = trial.config.evaluation.problems
-    scores = np.full((2, problems), accuracy)
-    write_run(path, trial.config, accuracy=scores, rewards=None if reward is None else np.full((2, problems), reward))
-    if trial.purpose == "final":
-        write_json(path / MEASURES, {})
+def reach(trial: Trial, folder: Path, accuracy: float = 0.5, reward: float | None = None) -> None:
+    """Make up a trial with these scores on all problems."""
+    shape = (2, trial.config.evaluation.problems)
+    finish(trial, folder, np.full(shape, accuracy), None if reward is None else np.full(shape, reward))
 
 
 def test_grids_come_first_and_then_the_winners_on_all_seeds(tmp_path: Path) -> None:
@@ -40,7 +36,7 @@ def test_grids_come_first_and_then_the_winners_on_all_seeds(tmp_path: Path) -> N
         "tuning/grpo/trial-02",
     ]
     for trial, accuracy in zip(trials, (0.2, 0.6, 0.4, 0.3), strict=True):
-        finish(trial, tmp_path, accuracy)
+        reach(trial, tmp_path, accuracy)
     finals = pending(comparison, tmp_path)
     assert [str(trial.folder) for trial in finals] == [
         f"runs/{run}/seed-{seed}" for seed in (1, 2, 3) for run in ("es", "grpo")
@@ -50,15 +46,15 @@ def test_grids_come_first_and_then_the_winners_on_all_seeds(tmp_path: Path) -> N
         ("grpo", 1, 1e-4),
     }
     for trial in finals:
-        finish(trial, tmp_path)
+        reach(trial, tmp_path)
     assert pending(comparison, tmp_path) == []
 
 
 def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path: Path) -> None:
     comparison = comparison_of(runs={"es": {}})
     first, second, third = pending(comparison, tmp_path)
-    finish(first, tmp_path)
-    finish(second, tmp_path)
+    reach(first, tmp_path)
+    reach(second, tmp_path)
     (tmp_path / second.folder / MEASURES).unlink()
     assert [trial.stage(tmp_path) for trial in (first, second, third)] == ["finished", "trained", "absent"]
     (tmp_path / second.folder / "adapter").rmdir()
@@ -71,7 +67,7 @@ def test_equal_rewards_are_told_apart_by_accuracy_and_a_trial_without_reward_nev
     comparison = comparison_of(runs=runs)
     outcomes = ((0.9, np.nan), (0.1, 0.5), (0.2, 0.5), (0.2, 0.5))
     for trial, (accuracy, reward) in zip(tuning_trials(comparison), outcomes, strict=True):
-        finish(trial, tmp_path, accuracy, reward)
+        reach(trial, tmp_path, accuracy, reward)
     assert choose(comparison, tmp_path)["es"].number == 3
 
 
