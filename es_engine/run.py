@@ -80,15 +80,16 @@ def evaluate(
     if samples > 1 and temperature == 0:
         raise ValueError("samples: several completions of a prompt need a temperature above 0")
     wearing = config if adapter is None else config.model_copy(update={"space": _space_of(adapter)})
+    wanted = config.evaluation if problems is None else config.evaluation.model_copy(update={"problems": problems})
     with Session(wearing, print) as session:
         task = session.materials.task
         return evaluate_center(
             session.pool,
             session.pool.put(session.materials.space.start()),
             0,
-            session.materials.problems("heldout", range(problems or config.evaluation.problems)),
+            session.materials.problems("heldout", wanted.numbers),
             sampling(config, task, samples, temperature),
-            config.evaluation.chunk,
+            wanted.chunk,
         )
 
 

@@ -278,7 +278,7 @@ def _evaluate_if_due(
         session.pool,
         session.pool.put(state.theta),
         state.step,
-        session.materials.problems("heldout", range(wanted.problems)),
+        session.materials.problems("heldout", wanted.numbers),
         sampling(config, session.materials.task, wanted.samples, wanted.temperature),
         wanted.chunk,
     )

@@ -108,6 +108,16 @@ def test_matrix_scale_says_how_large_a_raw_sigma_is() -> None:
     assert perturbed_rms(raw, raw.matrix_scale)[matrix.name] == pytest.approx(matrix.rms, rel=slack)
 
 
+@pytest.mark.parametrize("train", ["A", "B", "AB"])
+def test_the_norm_of_delta_is_that_of_the_dense_matrices(train: Train) -> None:
+    space = LoraSpace(MATRICES, rank=4, alpha=8.0, train=train, units="raw")
+    theta = some_theta(space)
+    dense = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in delta(space, theta).values()))
+    weights = np.sqrt(sum(matrix.rms**2 * matrix.out_features * matrix.in_features for matrix in MATRICES))
+    assert space.delta_norm(theta) == pytest.approx((dense, dense / weights), rel=1e-6)
+    assert space.delta_norm(np.zeros_like(theta)) == (0, 0)
+
+
 @pytest.mark.parametrize("train", ["A", "B"])
 def test_delta_is_linear_in_theta_while_one_factor_is_fixed(train: Train) -> None:
     space = LoraSpace(MATRICES, rank=4, alpha=32, train=train)

@@ -2,6 +2,15 @@
 
 from es_engine.config.base import ConfigError
 from es_engine.config.budget import BudgetConfig
+from es_engine.config.comparison import (
+    ComparisonConfig,
+    SamplesConfig,
+    TuningConfig,
+    dump_comparison,
+    load_comparison,
+    on_other_task,
+    parse_comparison,
+)
 from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
 from es_engine.config.loading import dump_config, load_config, load_task, parse_config, task_kinds
@@ -43,6 +52,7 @@ __all__ = [
     "ArcTaskConfig",
     "BudgetConfig",
     "ChatTaskConfig",
+    "ComparisonConfig",
     "ConcisenessTaskConfig",
     "Config",
     "ConfigError",
@@ -65,6 +75,7 @@ __all__ = [
     "PoolConfig",
     "PretrainedModelConfig",
     "ReasoningGymTaskConfig",
+    "SamplesConfig",
     "Schedule",
     "SftMethodConfig",
     "SgdConfig",
@@ -75,12 +86,17 @@ __all__ = [
     "TeacherConfig",
     "TelemetryConfig",
     "TinyModelConfig",
+    "TuningConfig",
     "VllmEngineConfig",
+    "dump_comparison",
     "dump_config",
     "explain",
     "field_docs",
+    "load_comparison",
     "load_config",
     "load_task",
+    "on_other_task",
+    "parse_comparison",
     "parse_config",
     "task_kinds",
 ]

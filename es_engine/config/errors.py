@@ -37,7 +37,8 @@ def _explain(detail: Mapping[str, Any], root: type[BaseModel], data: Mapping[str
     for key in keys:
         given = given[int(key) if isinstance(given, list) else key]
     if detail["type"] == "union_tag_invalid":
-        kinds = one_of(kinds_of(*models_of(info.annotation)))
+        models = models_of(info.annotation) or models_of_values(info.annotation)
+        kinds = one_of(kinds_of(*models))
         return path, f"{path}.kind: got {in_yaml(given['kind'])}, accepted is {kinds}"
     return path, f"{path}: got {in_yaml(given)}, accepted is {accepted_by(info)}"
 

@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A relative path to a file is looked for beside the YAML file that names it, then in the current directory, where
     those of overrides start. Raises ConfigError.
     """
-    return parse_config(_merge(_read(Path(path), ()), _override_tree(overrides)))
+    return parse_config(merge(read_tree(Path(path)), override_tree(overrides)))
 
 
 def load_task(target: str, overrides: Sequence[str] = ()) -> TaskConfigModel:
@@ -39,7 +39,7 @@ def load_task(target: str, overrides: Sequence[str] = ()) -> TaskConfigModel:
         if not os.path.exists(target):
             raise ConfigError(f"task: got {in_yaml(target)}, accepted is {one_of(list(kinds))}, or a config file")
         return load_config(target, overrides).task
-    tree = _with_absolute_paths(_merge({"task": {"kind": target}}, _override_tree(overrides)), Path.cwd())
+    tree = with_absolute_paths(merge({"task": {"kind": target}}, override_tree(overrides)), Path.cwd())
     try:
         return _TaskAlone.model_validate(tree).task
     except ValidationError as error:
@@ -58,8 +58,8 @@ class _TaskAlone(ConfigModel):
 def parse_config(data: Mapping[str, Any]) -> Config:
     """The configuration of a mapping; relative paths start in the current directory. Raises ConfigError."""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"the configuration: got {in_yaml(data)}, accepted is a mapping of {', '.join(_AXES)}")
-    resolved = _with_absolute_paths(dict(data), Path.cwd())
+        raise ConfigError(f"the configuration: got {in_yaml(data)}, accepted is a mapping of {', '.join(AXES)}")
+    resolved = with_absolute_paths(dict(data), Path.cwd())
     try:
         return Config.model_validate(resolved)
     except ValidationError as error:
@@ -71,28 +71,30 @@ def dump_config(config: Config) -> str:
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
-_AXES = tuple(Config.model_fields)
+AXES = tuple(Config.model_fields)
 _DEFAULT_KINDS = default_kinds(Config)
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> Tree:
-    """The mapping of a file, laid over the one it extends; `children` are the files that led here."""
+def read_tree(path: Path, children: tuple[Path, ...] = ()) -> Tree:
+    """The mapping of a file, laid over the one it extends; `children` are the files that led here. Raises
+    ConfigError."""
     path = Path(os.path.abspath(path))
     if path in children:
         raise ConfigError(f"{children[-1]}: extends {path}, which extends it in turn")
-    tree = yaml_text.parse(_text(path), str(path))
+    tree = yaml_text.parse(read_text(path), str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {in_yaml(tree)}, accepted is a mapping of {', '.join(('extends', *_AXES))}")
+        raise ConfigError(f"{path}: got {in_yaml(tree)}, accepted is a mapping of {', '.join(('extends', *AXES))}")
     parent = tree.pop("extends", None)
-    tree = _with_absolute_paths(tree, path.parent)
+    tree = with_absolute_paths(tree, path.parent)
     if parent is None:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: got {in_yaml(parent)}, accepted is the path of a YAML file")
-    return _merge(_read(path.parent / parent, (*children, path)), tree)
+    return merge(read_tree(path.parent / parent, (*children, path)), tree)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What a config file holds. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -101,7 +103,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: the config file is not UTF-8 text") from error
 
 
-def _merge(parent: Tree, child: Tree, default_kind: str | None = None) -> Tree:
+def merge(parent: Tree, child: Tree, default_kind: str | None = None) -> Tree:
     """`child` over `parent`, mapping by mapping; a new kind drops the parent's keys, which belong to the old one."""
     if "kind" in child and child["kind"] != parent.get("kind", default_kind):
         parent = {}
@@ -109,13 +111,13 @@ def _merge(parent: Tree, child: Tree, default_kind: str | None = None) -> Tree:
     for key, value in child.items():
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
-            merged[key] = _merge(below, value, _DEFAULT_KINDS.get(key))
+            merged[key] = merge(below, value, _DEFAULT_KINDS.get(key))
         else:
             merged[key] = value
     return merged
 
 
-def _override_tree(overrides: Sequence[str]) -> Tree:
+def override_tree(overrides: Sequence[str]) -> Tree:
     """`a.b=value` as {"a": {"b": value}}, all overrides together; values are YAML."""
     tree: Tree = {}
     for override in overrides:
@@ -132,7 +134,13 @@ def _override_tree(overrides: Sequence[str]) -> Tree:
     return tree
 
 
-def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
+def nested(name: str, value: Any) -> Tree:
+    """The mapping of mappings in which a dotted name has this value."""
+    first, _, rest = name.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+def with_absolute_paths(tree: Tree, folder: Path) -> Tree:
     """The same mapping with the paths of files absolute, each found in `folder` or else in the current directory."""
     for keys, absolute in _PATHS.items():
         tree = _with_absolute_path(tree, keys, absolute, folder)

@@ -131,6 +131,19 @@ class LoraSpace:
             factors[place.matrix.name][place.factor] = values * np.float32(place.scale)
         return {name: Pair(a=pair["A"], b=pair["B"]) for name, pair in factors.items()}
 
+    def delta_norm(self, theta: Array) -> tuple[float, float]:
+        """The Frobenius norm of DeltaW at theta (D,) over all matrices, and the same as a fraction of that of their W.
+
+        DeltaW itself is never formed: |B A|^2 = trace(B'B A A'), and both of these are r by r.
+        """
+        squared = 0.0
+        for pair in self.adapter(theta).values():
+            a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
+            squared += float(np.sum((b.T @ b) * (a @ a.T)))
+        weights = sum(matrix.rms**2 * matrix.out_features * matrix.in_features for matrix in self.matrices)
+        norm = self.scaling * float(np.sqrt(max(0.0, squared)))
+        return norm, norm / float(np.sqrt(weights))
+
     def save(self, theta: Array, folder: Path, base_model: str) -> None:
         """Write theta as a standard PEFT adapter (adapter_config.json, adapter_model.safetensors)."""
         import peft

@@ -1,0 +1,122 @@
+"""`measures.json` of a final run: what is measured of it once, when its training has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from es_engine.compare.plan import MEASURES
+from es_engine.methods.rollouts import mean_of_samples
+from es_engine.run_folder import write_text
+
+Array = npt.NDArray[np.float64]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Scores(_Data):
+    """Held-out problems, one entry each: the mean reward of its scored completions, None where none is scored, and the
+    mean accuracy of all; None where the task knows no right and wrong."""
+
+    rewards: tuple[float | None, ...]
+    accuracy: tuple[float, ...] | None
+
+
+class SampledEvaluation(_Data):
+    """Several completions of each test problem: how many were drawn, at which temperature, and how many were right;
+    None where the task knows no right and wrong."""
+
+    samples: int
+    temperature: float
+    correct: tuple[int, ...] | None
+
+
+class KlToBase(_Data):
+    """The KL divergence of the trained model from the base model in nats, on completions of held-out prompts: its mean
+    over their tokens and over completions."""
+
+    per_token: float
+    per_completion: float
+    completions: int
+
+
+class DeltaNorm(_Data):
+    """The Frobenius norm of DeltaW over all adapted matrices, and the same as a fraction of that of their W."""
+
+    absolute: float
+    relative: float
+
+
+class BeforeAndAfter(_Data):
+    """Another task's held-out problems, answered by the base model and by the trained one."""
+
+    before: Scores
+    after: Scores
+
+
+class Measures(_Data):
+    """Everything in `measures.json`."""
+
+    sampled: SampledEvaluation
+    kl: KlToBase
+    delta: DeltaNorm
+    other_tasks: dict[str, BeforeAndAfter] = {}
+
+
+def write_measures(run: Path, measures: Measures) -> None:
+    """Leave a run's measures in its folder: from then on it is finished."""
+    write_text(run / MEASURES, measures.model_dump_json(indent=2) + "\n")
+
+
+def read_measures(run: Path) -> Measures:
+    """The measures in a run's folder. Raises ValueError, naming the file, for what is none."""
+    path = run / MEASURES
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the run is not finished")
+    try:
+        return Measures.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ValueError(f"{path}: not the measures of a run ({error.errors()[0]['msg']})") from error
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]], samples: int) -> Scores:
+    """The scores in an evaluation's rows (those of `Evaluation.samples` or of a samples file), `samples` a problem."""
+    rewards = problem_rewards(rows, samples)
+    accuracy = problem_accuracy(rows, samples)
+    return Scores(
+        rewards=tuple(None if np.isnan(value) else float(value) for value in rewards),
+        accuracy=None if accuracy is None else tuple(accuracy.tolist()),
+    )
+
+
+def problem_rewards(rows: Sequence[Mapping[str, Any]], samples: int) -> Array:
+    """The mean reward (P,) of each problem's scored completions, NaN where none is scored."""
+    return mean_of_samples(_figures(rows, samples, "reward")[None])[0]
+
+
+def problem_accuracy(rows: Sequence[Mapping[str, Any]], samples: int) -> Array | None:
+    """The mean accuracy (P,) of each problem's completions, of which one without a verdict solved nothing; None where
+    none has a verdict."""
+    accuracy = _figures(rows, samples, "accuracy")
+    return None if np.isnan(accuracy).all() else np.nan_to_num(accuracy).mean(axis=1)
+
+
+def correct_counts(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[int, ...] | None:
+    """How many completions of each problem are right; None where none has a verdict."""
+    accuracy = _figures(rows, samples, "accuracy")
+    if np.isnan(accuracy).all():
+        return None
+    return tuple(int(count) for count in (np.nan_to_num(accuracy) >= 1).sum(axis=1))
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], samples: int, figure: str) -> Array:
+    """A figure of each completion, (P, samples), NaN where it has none."""
+    values = [np.nan if row[figure] is None else float(row[figure]) for row in rows]
+    return np.array(values, dtype=np.float64).reshape(-1, samples)

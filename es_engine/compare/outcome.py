@@ -1,0 +1,115 @@
+"""What a finished run of a comparison left in its folder, as numbers.
+
+Shapes: E evaluations, P held-out problems.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from es_engine.compare.measures import Measures, problem_accuracy, problem_rewards, read_measures
+from es_engine.compare.plan import Trial
+from es_engine.costs import Costs
+from es_engine.ledger import Line, running_costs
+from es_engine.run_folder import RunFolder
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished final run.
+
+    `steps`, `costs`, `rewards` (E, P) and `accuracy` (E, P; None where the task knows no right and wrong) are those of
+    its held-out evaluations: the first is before training, the last after it. A problem without a score has the mean
+    reward of the others, so that means are those of the scored. `evaluating` are the costs of the evaluations, which
+    count against no budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts
+    without a score; `constant` that of the groups (of ES, the members) whose rewards are all equal; both are None for
+    methods without rollouts.
+    """
+
+    trial: Trial
+    steps: tuple[int, ...]
+    costs: tuple[Costs, ...]
+    rewards: Array
+    accuracy: Array | None
+    evaluating: Costs
+    seconds: float
+    failed: float | None
+    constant: float | None
+    measures: Measures
+
+    @property
+    def spent(self) -> Costs:
+        """What training cost."""
+        return self.costs[-1]
+
+    @property
+    def best(self) -> int:
+        """Which evaluation had the highest mean reward, the first of equals: that of the run's `best` adapter."""
+        return int(np.argmax(self.rewards.mean(axis=1)))
+
+
+def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
+    """The outcome of a final run. Raises ValueError, naming its folder, if it is not finished."""
+    if trial.stage(comparison_folder) != "finished":
+        raise ValueError(f"{comparison_folder / trial.folder}: this run is not finished; run the comparison again")
+    folder = RunFolder(comparison_folder / trial.folder)
+    lines = folder.open_ledger().generations
+    evaluations = folder.open_evaluations().lines
+    spent = running_costs(lines)
+    rows = [_rows(folder, line) for line in evaluations]
+    samples = [line["samples"] for line in evaluations]
+    accuracy = [problem_accuracy(each, count) for each, count in zip(rows, samples, strict=True)]
+    return Outcome(
+        trial=trial,
+        steps=tuple(line["step"] for line in evaluations),
+        costs=tuple(spent[line["step"]] for line in evaluations),
+        rewards=np.stack([filled(problem_rewards(each, n)) for each, n in zip(rows, samples, strict=True)]),
+        accuracy=_stacked(accuracy),
+        evaluating=sum((Costs.from_json(line["costs"]) for line in evaluations), Costs()),
+        seconds=float(sum(line["times"]["total"] for line in lines)),
+        failed=_failed(lines),
+        constant=_constant(lines),
+        measures=read_measures(folder.path),
+    )
+
+
+def _rows(folder: RunFolder, evaluation: Line) -> list[Line]:
+    path = folder.samples_file(evaluation["step"])
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but the run was evaluated after step {evaluation['step']}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def filled(rewards: Array) -> Array:
+    """Rewards (P,) with the mean of the scored for those that are not; zeros where none is."""
+    scored = rewards[~np.isnan(rewards)]
+    return np.where(np.isnan(rewards), scored.mean() if len(scored) else 0.0, rewards)
+
+
+def _stacked(accuracy: Sequence[Array | None]) -> Array | None:
+    """Accuracies (E, P), 0 in an evaluation without a verdict; None where no evaluation has any."""
+    known = [each for each in accuracy if each is not None]
+    return np.stack([np.zeros_like(known[0]) if each is None else each for each in accuracy]) if known else None
+
+
+def _failed(lines: Sequence[Line]) -> float | None:
+    """A part of a sum that fails counts as its rollout does, so that a rollout may count more than once."""
+    rollouts = sum(line["rollouts"] for line in lines)
+    failures = sum(sum(kinds.values()) for line in lines for kinds in line["failures"].values())
+    return min(1.0, failures / rollouts) if rollouts else None
+
+
+def _constant(lines: Sequence[Line]) -> float | None:
+    """Groups of one completion do not count: they are constant whatever it is."""
+    grouped = [line for line in lines if any(len(group) > 1 for group in line.get("rewards", []))]
+    groups = sum(len(line["rewards"]) for line in grouped)
+    constant = sum(line["constant_groups" if "constant_groups" in line else "constant_members"] for line in grouped)
+    return constant / groups if groups else None

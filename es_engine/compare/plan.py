@@ -1,0 +1,183 @@
+"""What a comparison has to run: first the trials of the grids, then the winners on all seeds.
+
+A comparison's folder:
+
+    comparison.yaml         what is compared
+    tuning/RUN/trial-02/    a run folder for each trial of a grid, evaluated on the validation split
+    runs/RUN/seed-1/        a run folder for each final run, evaluated on the test split, with its measures.json
+
+What is done is told from the folders alone, so a comparison that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
+from es_engine.config.comparison import Setting
+from es_engine.run_folder import RunFolder, write_text
+from rewards.base import Example, Task
+
+Purpose = Literal["tuning", "final"]
+Stage = Literal["absent", "begun", "trained", "finished"]
+
+MEASURES = "measures.json"
+CONFIG = "comparison.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run to be made. `folder` is relative to that of the comparison; `number` counts the settings of the run's
+    grid from 1; `setting` is what the grid gives its fields."""
+
+    run: str
+    purpose: Purpose
+    number: int
+    setting: Setting
+    folder: Path
+    config: Config
+
+    def stage(self, comparison_folder: Path) -> Stage:
+        """How far it is: without a run folder, begun (it is to be resumed), trained to its end, or finished, which for
+        a final run means with its measures."""
+        run = RunFolder(comparison_folder / self.folder)
+        if not run.config_file.is_file():
+            return "absent"
+        if not run.adapter.is_dir():  # the last thing that training leaves
+            return "begun"
+        return "trained" if self.purpose == "final" and not (run.path / MEASURES).is_file() else "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The setting of a run's grid that is taken to the final runs, and the number of its trial."""
+
+    number: int
+    setting: Setting
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """What a trial of a grid reached on the validation split at the end of training; None where there is no score."""
+
+    trial: Trial
+    reward: float | None
+    accuracy: float | None
+
+
+def tuning_trials(comparison: ComparisonConfig) -> list[Trial]:
+    """The trials of all grids; none where every run has a single setting."""
+    if not comparison.tunes:
+        return []
+    return [
+        Trial(
+            run,
+            "tuning",
+            number,
+            setting,
+            Path("tuning") / run / f"trial-{number:02d}",
+            comparison.trial(run, number),
+        )
+        for run in comparison.runs
+        for number, setting in enumerate(comparison.settings(run), start=1)
+    ]
+
+
+def final_trials(comparison: ComparisonConfig, choices: Mapping[str, Choice]) -> list[Trial]:
+    """The final runs, seed by seed."""
+    return [
+        Trial(
+            run,
+            "final",
+            choices[run].number,
+            choices[run].setting,
+            Path("runs") / run / f"seed-{seed}",
+            comparison.final(run, choices[run].setting, seed),
+        )
+        for seed in comparison.seeds
+        for run in comparison.runs
+    ]
+
+
+def pending(comparison: ComparisonConfig, folder: Path) -> list[Trial]:
+    """What can be run now and is not finished: trials of the grids, or after them the final runs; empty at the end."""
+    tuning = [trial for trial in tuning_trials(comparison) if trial.stage(folder) != "finished"]
+    if tuning:
+        return tuning
+    final = final_trials(comparison, choose(comparison, folder))
+    return [trial for trial in final if trial.stage(folder) != "finished"]
+
+
+def tuning_results(comparison: ComparisonConfig, folder: Path) -> dict[str, list[TrialResult]]:
+    """What each trial of each grid reached; nothing where there are no grids. Raises ValueError if one is not
+    finished."""
+    results: dict[str, list[TrialResult]] = {}
+    for trial in tuning_trials(comparison):
+        path = folder / trial.folder
+        if trial.stage(folder) != "finished":
+            raise ValueError(f"{path}: this trial is not finished; run the comparison again to continue it")
+        last = RunFolder(path).open_evaluations().lines[-1]
+        results.setdefault(trial.run, []).append(TrialResult(trial, last["reward"], last["accuracy"]))
+    return results
+
+
+def choose(comparison: ComparisonConfig, folder: Path) -> dict[str, Choice]:
+    """The setting of each run with the best mean reward on the validation split at the end of training; accuracy
+    decides between equals, then the order of the grid. Raises ValueError if a trial is not finished."""
+    if not comparison.tunes:
+        return {run: Choice(1, comparison.settings(run)[0]) for run in comparison.runs}
+    return {
+        run: Choice(best.trial.number, best.trial.setting)
+        for run, results in tuning_results(comparison, folder).items()
+        for best in [max(results, key=lambda result: (_rank(result.reward), _rank(result.accuracy)))]
+    }
+
+
+def _rank(value: float | None) -> float:
+    return float("-inf") if value is None else value
+
+
+def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
+    """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed.
+
+    Raises ValueError if it holds another comparison, or something else.
+    """
+    file = folder / CONFIG
+    if file.is_file():
+        free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
+        if load_comparison(file).model_copy(update=free) != comparison:
+            raise ValueError(f"{folder}: it holds another comparison (see {CONFIG} there); give another folder")
+    elif folder.exists() and any(path.name != f"{CONFIG}.partial" for path in folder.iterdir()):
+        raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
+    write_text(file, dump_comparison(comparison))
+
+
+def check_splits(comparison: ComparisonConfig) -> None:
+    """Raises ValueError where a validation problem would also be a test problem, as with a task of too few held-out
+    ones."""
+    if not comparison.tunes:
+        return
+    run = next(iter(comparison.runs))
+    trial, final = comparison.trial(run, 1), comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
+    _refuse_shared(trial.task.build(), final.evaluation.numbers, trial.evaluation.numbers)
+
+
+def _refuse_shared(task: Task, test: range, validation: range) -> None:
+    known = {identity: number for number in test for identity in _identities(task.example("heldout", number))}
+    for number in validation:
+        shared = next((known[each] for each in _identities(task.example("heldout", number)) if each in known), None)
+        if shared is not None:
+            raise ValueError(
+                f"tuning.problems: got {len(validation)}, but held-out problem {number}, a validation problem, is the "
+                f"same as number {shared}, a test problem: the task has too few held-out problems for "
+                f"{len(test)} (evaluation.problems) and {len(validation)} others"
+            )
+
+
+def _identities(example: Example) -> tuple[object, object]:
+    """Two problems are the same if either is equal: the name, or what is asked and answered."""
+    messages = tuple(tuple(sorted(message.items())) for message in example.messages or ())
+    return ("id", example.id), (example.prompt, messages, example.answer)

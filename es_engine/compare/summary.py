@@ -1,0 +1,241 @@
+"""A finished comparison as plain data: what comparison.json holds and all tables are made from.
+
+Shapes: S seeds, P problems, E evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from es_engine.compare.measures import Scores
+from es_engine.compare.outcome import Outcome, filled, read_outcome
+from es_engine.compare.plan import Choice, choose, final_trials, tuning_results
+from es_engine.compare.statistics import (
+    Interval,
+    area,
+    cost_to_reach,
+    difference,
+    holm,
+    mean_interval,
+    median_cost,
+    share_interval,
+)
+from es_engine.config import ComparisonConfig
+from es_engine.evaluation import pass_at_k
+
+Array = npt.NDArray[np.float64]
+Data = dict[str, Any]
+
+LIMITS = {
+    "tokens": "generated",
+    "processed_tokens": "processed",
+    "flops": "flops",
+    "worker_seconds": "worker_seconds",
+    "generations": "steps",
+}
+"""For each limit of a budget, what of a run it limits. Curves go over the first of these that the budget has."""
+MEASURES = tuple(LIMITS.values())
+PAIRED = ("accuracy_final", "reward_final")
+"""The figures by which every two runs are compared."""
+
+
+def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
+    """Everything about a comparison whose runs are all finished, as JSON can write it: the same for the same folders.
+
+    Raises ValueError, naming a run that is not finished.
+    """
+    choices = choose(comparison, folder)
+    outcomes: dict[str, list[Outcome]] = {run: [] for run in comparison.runs}
+    for trial in final_trials(comparison, choices):
+        outcomes[trial.run].append(read_outcome(trial, folder))
+    limit = next(name for name in LIMITS if getattr(comparison.budget, name) is not None)
+    measure, budget = LIMITS[limit], float(getattr(comparison.budget, limit))
+    tables = {run: _score_tables(those, measure, budget) for run, those in outcomes.items()}
+    return {
+        "name": comparison.name,
+        "budget": comparison.budget.model_dump(exclude_none=True),
+        "measure": measure,
+        "seeds": list(comparison.seeds),
+        "problems": next(iter(tables.values()))["reward_final"].shape[1],
+        "tuning": comparison.tuning.model_dump() if comparison.tunes else None,
+        "samples": comparison.samples.model_dump(),
+        "runs": {run: _run_data(comparison, run, outcomes[run], tables[run]) for run in comparison.runs},
+        "pairs": [pair for figure in PAIRED for pair in _pairs(tables, figure)],
+        "grids": _grids(comparison, folder, choices),
+    }
+
+
+def _run_data(comparison: ComparisonConfig, run: str, outcomes: Sequence[Outcome], tables: Mapping[str, Array]) -> Data:
+    trial = outcomes[0].trial
+    evaluating = {
+        name: [each.evaluating.to_json()[name] for each in outcomes] for name in LIMITS.values() if name != "steps"
+    }
+    return {
+        "method": trial.config.method.kind,
+        "trial": trial.number,
+        "setting": trial.setting,
+        "own_budget": comparison.runs[run].get("budget", {}),
+        "figures": {name: _interval(table, _kind_of_interval(name)) for name, table in tables.items()},
+        "observed": _observed(outcomes),
+        "spent": {measure: _range([_costs(each, measure)[-1] for each in outcomes]) for measure in MEASURES},
+        "evaluating": {name: _range(values) for name, values in evaluating.items()},
+        "thresholds": _thresholds(outcomes, comparison.thresholds),
+        "other_tasks": {name: _other_task(outcomes, name) for name in comparison.other_tasks},
+        "curves": [_curve(each) for each in outcomes],
+    }
+
+
+def _kind_of_interval(figure: str) -> Callable[[Array], Interval]:
+    """Rewards may be any numbers; all else is from 0 to 1."""
+    return mean_interval if figure.startswith("reward") else share_interval
+
+
+def _score_tables(outcomes: Sequence[Outcome], measure: str, budget: float) -> dict[str, Array]:
+    """The figures that every seed and problem has a part in, by name, (S, P)."""
+    curves: dict[str, list[Array]] = {"reward": [each.rewards for each in outcomes]}
+    accuracy = [each.accuracy for each in outcomes if each.accuracy is not None]
+    if len(accuracy) == len(outcomes):
+        curves = {"accuracy": accuracy, **curves}
+    tables: dict[str, Array] = {}
+    for name, those in curves.items():
+        tables[f"{name}_before"] = np.stack([curve[0] for curve in those])
+        tables[f"{name}_final"] = np.stack([curve[-1] for curve in those])
+        tables[f"{name}_best"] = np.stack([curve[each.best] for each, curve in zip(outcomes, those, strict=True)])
+        tables[f"{name}_area"] = np.stack(
+            [area(_costs(each, measure), curve, budget) for each, curve in zip(outcomes, those, strict=True)]
+        )
+    return tables | _pass_tables(outcomes)
+
+
+def _pass_tables(outcomes: Sequence[Outcome]) -> dict[str, Array]:
+    """pass@k of each problem for powers of two up to the samples there are."""
+    sampled = [each.measures.sampled for each in outcomes]
+    if any(each.correct is None for each in sampled):
+        return {}
+    n = min(each.samples for each in sampled)
+    powers = [2**power for power in range(n.bit_length())]
+    return {
+        f"pass@{k}": np.array(
+            [[pass_at_k(np.array([c]), each.samples, k) for c in each.correct or ()] for each in sampled]
+        )
+        for k in powers
+    }
+
+
+def _interval(table: Array, interval: Callable[[Array], Interval]) -> Data:
+    found = interval(table)
+    ends = {"low": _number(found.low), "high": _number(found.high)}
+    return {"mean": float(found.mean), **ends, "seeds": table.mean(axis=1).tolist()}
+
+
+def _number(value: Array | float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _observed(outcomes: Sequence[Outcome]) -> Data:
+    """What is known of each seed as a whole."""
+    figures: dict[str, list[float | None]] = {
+        "kl_per_token": [each.measures.kl.per_token for each in outcomes],
+        "kl_per_completion": [each.measures.kl.per_completion for each in outcomes],
+        "delta_norm": [each.measures.delta.absolute for each in outcomes],
+        "delta_relative": [each.measures.delta.relative for each in outcomes],
+        "failed": [each.failed for each in outcomes],
+        "constant": [each.constant for each in outcomes],
+        "seconds": [each.seconds for each in outcomes],
+    }
+    return {name: _range(values) for name, values in figures.items()}
+
+
+def _range(values: Sequence[float | None]) -> Data:
+    """The mean, the least and the most over the seeds that have a value, and all values."""
+    known = [value for value in values if value is not None]
+    mean, least, most = (sum(known) / len(known), min(known), max(known)) if known else (None, None, None)
+    return {"mean": mean, "least": least, "most": most, "seeds": list(values)}
+
+
+def _costs(outcome: Outcome, measure: str) -> list[float]:
+    """What the run had spent by each of its evaluations."""
+    if measure == "steps":
+        return [float(step) for step in outcome.steps]
+    return [float(getattr(costs, measure)) for costs in outcome.costs]
+
+
+def _thresholds(outcomes: Sequence[Outcome], thresholds: Sequence[float]) -> list[Data]:
+    found = []
+    for threshold in thresholds:
+        curves = [(each, each.accuracy.mean(axis=1).tolist()) for each in outcomes if each.accuracy is not None]
+        costs = {
+            measure: [cost_to_reach(_costs(each, measure), curve, threshold) for each, curve in curves]
+            for measure in MEASURES
+        }
+        reached = sum(cost is not None for cost in costs["steps"])
+        medians = {measure: median_cost(those) if those else None for measure, those in costs.items()}
+        found.append({"accuracy": threshold, "reached": reached, "costs": medians})
+    return found
+
+
+def _other_task(outcomes: Sequence[Outcome], name: str) -> Data:
+    """Held-out ability at another task before and after, and the change, paired over its problems."""
+    both = [each.measures.other_tasks[name] for each in outcomes]
+    by_accuracy = all(scores.accuracy is not None for each in both for scores in (each.before, each.after))
+    before, after = (
+        np.stack([_of_task(getattr(each, when), by_accuracy) for each in both]) for when in ("before", "after")
+    )
+    interval = share_interval if by_accuracy else mean_interval
+    return {
+        "figure": "accuracy" if by_accuracy else "reward",
+        "before": _interval(before, interval),
+        "after": _interval(after, interval),
+        "change": _interval(after - before, mean_interval),
+    }
+
+
+def _of_task(scores: Scores, by_accuracy: bool) -> Array:
+    if by_accuracy:
+        return np.array(scores.accuracy, dtype=np.float64)
+    return filled(np.array([np.nan if reward is None else reward for reward in scores.rewards]))
+
+
+def _curve(outcome: Outcome) -> Data:
+    """The held-out means of each evaluation over what had been spent by then."""
+    costs = {measure: _costs(outcome, measure) for measure in MEASURES}
+    accuracy = None if outcome.accuracy is None else outcome.accuracy.mean(axis=1).tolist()
+    return {**costs, "reward": outcome.rewards.mean(axis=1).tolist(), "accuracy": accuracy}
+
+
+def _pairs(tables: Mapping[str, Mapping[str, Array]], figure: str) -> list[Data]:
+    """Every two runs by a figure that all have: the second minus the first, with p values adjusted over all pairs."""
+    if any(figure not in those for those in tables.values()):
+        return []
+    found: list[Data] = []
+    for one, other in combinations(tables, 2):
+        result = difference(tables[other][figure], tables[one][figure])
+        numbers = {name: _number(getattr(result, name)) for name in ("low", "high", "p")}
+        found.append({"figure": figure, "runs": [one, other], "difference": float(result.mean), **numbers})
+    p_values = [pair["p"] for pair in found]
+    adjusted = holm(p_values) if None not in p_values else p_values
+    return [{**pair, "p_holm": p} for pair, p in zip(found, adjusted, strict=True)]
+
+
+def _grids(comparison: ComparisonConfig, folder: Path, choices: Mapping[str, Choice]) -> Data:
+    """What each trial of each grid reached on the validation split, and which one won."""
+    return {
+        run: [
+            {
+                "trial": result.trial.number,
+                "setting": result.trial.setting,
+                "reward": result.reward,
+                "accuracy": result.accuracy,
+                "chosen": result.trial.number == choices[run].number,
+            }
+            for result in results
+        ]
+        for run, results in tuning_results(comparison, folder).items()
+    }

@@ -1,0 +1,272 @@
+"""A comparison's plain data as tables that a person reads: in Markdown, on the terminal, and in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from es_engine.compare.summary import LIMITS
+from es_engine.config.base import in_yaml
+
+Data = Mapping[str, Any]
+Write = Callable[[float], str]
+
+NAMES = {
+    "generated": "generated tokens",
+    "processed": "processed tokens",
+    "flops": "FLOPs",
+    "worker_seconds": "worker seconds",
+    "steps": "steps",
+}
+"""What a run spends, in words."""
+NONE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading, a paragraph, and rows of text under columns; the first column names the row."""
+
+    heading: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(summary: Data) -> list[Table]:
+    """All tables of a comparison; those that would be empty are left out."""
+    made = [
+        _results(summary),
+        _pairs(summary),
+        _samples(summary),
+        _spent(summary),
+        _thresholds(summary),
+        _distance(summary),
+        _rollouts(summary),
+        *_other_tasks(summary),
+        *_grids(summary),
+    ]
+    return [table for table in made if table.rows]
+
+
+def _results(summary: Data) -> Table:
+    seeds, problems = len(summary["seeds"]), summary["problems"]
+    text = (
+        f"Held-out {problems} problems, {_count(seeds, 'seed')}; each run ends at {_budget(summary['budget'])}. In "
+        "brackets are 95% intervals over seeds and problems. Best is the evaluation with the highest reward, chosen on "
+        f"these same problems and so too good; area is the mean over the budget of {NAMES[summary['measure']]}."
+    )
+    names = {
+        "accuracy_before": "accuracy before",
+        "accuracy_final": "final accuracy",
+        "accuracy_best": "best accuracy",
+        "accuracy_area": "area, accuracy",
+        "reward_before": "reward before",
+        "reward_final": "final reward",
+        "reward_best": "best reward",
+        "reward_area": "area, reward",
+    }
+    return _of_runs(summary, "Results", text, {name: column for name, column in names.items() if _has(summary, name)})
+
+
+def _samples(summary: Data) -> Table:
+    samples = summary["samples"]
+    names = [name for run in summary["runs"].values() for name in run["figures"] if name.startswith("pass@")]
+    text = (
+        f"The final model's {samples['n']} answers to each held-out problem at temperature {samples['temperature']:g}: "
+        "the probability that k of them hold a right one, with 95% intervals over seeds and problems."
+    )
+    return _of_runs(summary, "Sampled answers", text, {name: name for name in dict.fromkeys(names)})
+
+
+def _of_runs(summary: Data, heading: str, text: str, columns: Mapping[str, str]) -> Table:
+    """A row a run of the figures that are named, each with its interval."""
+    if not columns:
+        return Table(heading, text, [], [])
+    rows = [
+        [run, data["method"], *(_estimate(data["figures"].get(name)) for name in columns)]
+        for run, data in summary["runs"].items()
+    ]
+    return Table(heading, text, ["run", "method", *columns.values()], rows)
+
+
+def _has(summary: Data, figure: str) -> bool:
+    return any(figure in run["figures"] for run in summary["runs"].values())
+
+
+def _pairs(summary: Data) -> Table:
+    text = (
+        "One run minus another, with 95% intervals, paired over problems. p is the probability of a difference at "
+        "least as large between equal methods; Holm's is adjusted for the number of pairs."
+    )
+    rows = [
+        [
+            f"{pair['runs'][1]} - {pair['runs'][0]}",
+            "accuracy" if pair["figure"] == "accuracy_final" else "reward",
+            _estimate({"mean": pair["difference"], **pair}, sign="+"),
+            _p_value(pair["p"]),
+            _p_value(pair["p_holm"]),
+        ]
+        for pair in summary["pairs"]
+    ]
+    return Table("Differences", text, ["runs", "final", "difference", "p", "p (Holm)"], rows)
+
+
+def _spent(summary: Data) -> Table:
+    own = [
+        f"{run} also at {_budget(data['own_budget'])}" for run, data in summary["runs"].items() if data["own_budget"]
+    ]
+    text = (
+        f"Each run ends after the step that reaches {', '.join([_budget(summary['budget']), *own])}. What its "
+        "steps spent in all measures, evaluations and tuning apart, and how long they took; means over seeds."
+    )
+    rows = [
+        [
+            run,
+            *(_amount(data["spent"][measure]["mean"]) for measure in NAMES),
+            _seconds(data["observed"]["seconds"]["mean"]),
+        ]
+        for run, data in summary["runs"].items()
+    ]
+    return Table("What the runs spent", text, ["run", *NAMES.values(), "wall time"], rows)
+
+
+def _thresholds(summary: Data) -> Table:
+    text = (
+        "What had been spent when held-out accuracy first reached a threshold, on straight lines between evaluations: "
+        "the median over seeds, in which one that never got there counts as more than any other."
+    )
+    rows = [
+        [
+            run,
+            f"{each['accuracy']:g}",
+            f"{each['reached']} of {len(summary['seeds'])}",
+            *(_amount(each["costs"][measure]) for measure in NAMES),
+        ]
+        for run, data in summary["runs"].items()
+        for each in data["thresholds"]
+    ]
+    return Table("Cost to reach an accuracy", text, ["run", "accuracy", "seeds", *NAMES.values()], rows)
+
+
+def _distance(summary: Data) -> Table:
+    text = (
+        "KL divergence of the final model from the base model in nats, on its completions of held-out prompts, and the "
+        "Frobenius norm of DeltaW, also as a fraction of that of the adapted W. Means over seeds, least to most."
+    )
+    names = {
+        "kl_per_token": "KL per token",
+        "kl_per_completion": "KL per completion",
+        "delta_norm": "norm of DeltaW",
+        "delta_relative": "relative to W",
+    }
+    return Table(
+        "Distance from the base model", text, ["run", *names.values()], _observed(summary, list(names), _digits)
+    )
+
+
+def _rollouts(summary: Data) -> Table:
+    text = (
+        "Of the rollouts that a run learned from, the share that got no score, and of its groups of completions (of "
+        "ES, its members) the share whose rewards were all equal. Means over seeds, least to most."
+    )
+    columns = ["run", "failed rollouts", "constant groups"]
+    return Table("Training rollouts", text, columns, _observed(summary, ["failed", "constant"], _percent))
+
+
+def _observed(summary: Data, names: Sequence[str], write: Write) -> list[list[str]]:
+    return [[run, *(_range(data["observed"][name], write) for name in names)] for run, data in summary["runs"].items()]
+
+
+def _other_tasks(summary: Data) -> list[Table]:
+    names = dict.fromkeys(name for data in summary["runs"].values() for name in data["other_tasks"])
+    made = []
+    for name in names:
+        found = {run: data["other_tasks"][name] for run, data in summary["runs"].items()}
+        figure = next(iter(found.values()))["figure"]
+        rows = [
+            [run, *(_estimate(each[when]) for when in ("before", "after")), _estimate(each["change"], sign="+")]
+            for run, each in found.items()
+        ]
+        text = f"Held-out {figure} at another task, before and after training, with 95% intervals."
+        made.append(Table(f"Other task: {name}", text, ["run", "before", "after", "change"], rows))
+    return made
+
+
+def _grids(summary: Data) -> list[Table]:
+    made = []
+    for run, trials in summary["grids"].items():
+        tuning = summary["tuning"]
+        text = (
+            f"Each setting was trained with seed {tuning['seed']} to the same budget. The one with the best final "
+            f"reward on {tuning['problems']} validation problems, none of which is a test problem, went to the final "
+            "runs."
+        )
+        settings = list(trials[0]["setting"])
+        rows = [
+            [
+                str(trial["trial"]),
+                *(in_yaml(trial["setting"][name]) for name in settings),
+                _figure(trial["reward"]),
+                _figure(trial["accuracy"]),
+                "chosen" if trial["chosen"] else "",
+            ]
+            for trial in trials
+        ]
+        made.append(Table(f"Grid: {run}", text, ["trial", *settings, "reward", "accuracy", ""], rows))
+    return made
+
+
+def _budget(budget: Mapping[str, float]) -> str:
+    return " or ".join(f"{_amount(value)} {NAMES[LIMITS[name]]}" for name, value in budget.items())
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _estimate(found: Data | None, sign: str = "") -> str:
+    if found is None:
+        return NONE
+    if found["low"] is None:
+        return f"{found['mean']:{sign}.3f}"
+    return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+
+def _range(found: Data, write: Write) -> str:
+    if found["mean"] is None:
+        return NONE
+    if found["least"] == found["most"]:
+        return write(found["mean"])
+    return f"{write(found['mean'])} ({write(found['least'])} to {write(found['most'])})"
+
+
+def _figure(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _amount(value: float | None) -> str:
+    """Whole numbers with separators, and large ones by their power of ten."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) < 1e9 and value >= 100 else f"{value:.3g}"
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _seconds(value: float) -> str:
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,104 @@
+"""A comparison's plan: what comes when, what is done, which setting wins, and that the splits stay apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import SHARED, comparison_of, finish
+
+from es_engine.compare.plan import (
+    MEASURES,
+    Trial,
+    check_splits,
+    choose,
+    final_trials,
+    open_folder,
+    pending,
+    tuning_trials,
+)
+
+
+def reach(trial: Trial, folder: Path, accuracy: float = 0.5, reward: float | None = None) -> None:
+    """Make up a trial with these scores on all problems."""
+    shape = (2, trial.config.evaluation.problems)
+    finish(trial, folder, np.full(shape, accuracy), None if reward is None else np.full(shape, reward))
+
+
+def test_grids_come_first_and_then_the_winners_on_all_seeds(tmp_path: Path) -> None:
+    comparison = comparison_of()
+    trials = pending(comparison, tmp_path)
+    assert [str(trial.folder) for trial in trials] == [
+        "tuning/es/trial-01",
+        "tuning/es/trial-02",
+        "tuning/grpo/trial-01",
+        "tuning/grpo/trial-02",
+    ]
+    for trial, accuracy in zip(trials, (0.2, 0.6, 0.4, 0.3), strict=True):
+        reach(trial, tmp_path, accuracy)
+    finals = pending(comparison, tmp_path)
+    assert [str(trial.folder) for trial in finals] == [
+        f"runs/{run}/seed-{seed}" for seed in (1, 2, 3) for run in ("es", "grpo")
+    ]
+    assert {(trial.run, trial.number, trial.config.optimizer.lr) for trial in finals} == {
+        ("es", 2, 6.0),
+        ("grpo", 1, 1e-4),
+    }
+    for trial in finals:
+        reach(trial, tmp_path)
+    assert pending(comparison, tmp_path) == []
+
+
+def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path: Path) -> None:
+    comparison = comparison_of(runs={"es": {}})
+    first, second, third = pending(comparison, tmp_path)
+    reach(first, tmp_path)
+    reach(second, tmp_path)
+    (tmp_path / second.folder / MEASURES).unlink()
+    assert [trial.stage(tmp_path) for trial in (first, second, third)] == ["finished", "trained", "absent"]
+    (tmp_path / second.folder / "adapter").rmdir()
+    assert second.stage(tmp_path) == "begun"
+    assert pending(comparison, tmp_path) == [second, third]
+
+
+def test_equal_rewards_are_told_apart_by_accuracy_and_a_trial_without_reward_never_wins(tmp_path: Path) -> None:
+    runs = {"es": {"grid": {"optimizer.lr": [1.0, 2.0, 3.0, 4.0]}}}
+    comparison = comparison_of(runs=runs)
+    outcomes = ((0.9, np.nan), (0.1, 0.5), (0.2, 0.5), (0.2, 0.5))
+    for trial, (accuracy, reward) in zip(tuning_trials(comparison), outcomes, strict=True):
+        reach(trial, tmp_path, accuracy, reward)
+    assert choose(comparison, tmp_path)["es"].number == 3
+
+
+def test_an_unfinished_trial_decides_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tuning/es/trial-01: this trial is not finished"):
+        choose(comparison_of(), tmp_path)
+
+
+def test_without_grids_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    comparison = comparison_of(runs={"es": {}})
+    assert tuning_trials(comparison) == []
+    assert len(final_trials(comparison, choose(comparison, tmp_path))) == 3
+    check_splits(comparison)
+
+
+def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "methods"
+    open_folder(comparison_of(), folder)
+    open_folder(comparison_of(seeds=[1, 2, 3, 4], thresholds=[0.5]), folder)
+    with pytest.raises(ValueError, match=r"methods: it holds another comparison"):
+        open_folder(comparison_of(budget={"tokens": 5}), folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("")
+    with pytest.raises(ValueError, match=r"other: it exists and holds no comparison"):
+        open_folder(comparison_of(), tmp_path / "other")
+
+
+def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:
+    check_splits(comparison_of())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"numbers": [{number}, 2], "target": {number + 2}}}\n' for number in range(1, 60)))
+    task = {"kind": "countdown", "template": "plain", "data": str(rows)}
+    with pytest.raises(ValueError, match=r"tuning.problems: got 8, but held-out problem \d+, a validation problem, is"):
+        check_splits(comparison_of(run={**SHARED, "task": task}))

@@ -1,0 +1,218 @@
+"""From the folders of a comparison to its numbers, tables and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from rich.console import Console
+from run_folders import comparison_of, finish, made_up_measures, write_run
+
+from es_engine.compare.measures import (
+    BeforeAndAfter,
+    Measures,
+    Scores,
+    correct_counts,
+    read_measures,
+    scores_of,
+)
+from es_engine.compare.outcome import read_outcome
+from es_engine.compare.plan import MEASURES, Trial, pending
+from es_engine.compare.statistics import difference, share_interval
+from es_engine.compare.summary import summarise
+from es_engine.compare.tables import Table, tables
+from es_engine.compare.writers import as_markdown, print_tables, write_results
+from es_engine.config import ComparisonConfig
+from es_engine.costs import Costs
+
+Array = npt.NDArray[np.float64]
+OTHER = {"other_tasks": {"three": {"kind": "countdown", "numbers": [3]}}, "thresholds": [0.5, 0.99]}
+
+
+def curve(trial: Trial) -> Array:
+    """Accuracy (3, P): ES rises from 1/4 over 1/2 to 3/4, GRPO to 1/2, and a problem more for each seed."""
+    problems = trial.config.evaluation.problems
+    right = np.arange(problems) * 4 // problems
+    extra = np.arange(problems) < trial.config.seed
+    shares = [1, 2, 3] if trial.run == "es" else [1, 1, 2]
+    return np.stack([(right >= 4 - share) | (extra & (place > 0)) for place, share in enumerate(shares)]).astype(float)
+
+
+def finished(folder: Path, **fields: Any) -> ComparisonConfig:
+    """A comparison whose runs are all made up."""
+    comparison = comparison_of(**{**OTHER, **fields})
+    before, after = (Scores(rewards=(1.0, None), accuracy=right) for right in ((1.0, 0.0), (0.0, 0.0)))
+    others = {name: BeforeAndAfter(before=before, after=after) for name in comparison.other_tasks}
+    while trials := pending(comparison, folder):
+        for trial in trials:
+            scores = curve(trial)
+            finish(trial, folder, scores, scores * 2 - 1, made_up_measures(scores.shape[1], others))
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("comparison")
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> dict[str, Any]:
+    return summarise(finished(folder), folder)
+
+
+def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
+    (trial, *_) = pending(comparison_of(runs={"es": {}}), tmp_path)
+    with pytest.raises(ValueError, match=r"runs/es/seed-1: this run is not finished"):
+        read_outcome(trial, tmp_path)
+    accuracy = np.zeros((3, 4, 2))
+    accuracy[1:, 0] = 1
+    rewards = accuracy.copy()
+    accuracy[2, 3], rewards[2, 3] = np.nan, np.nan
+    rewards[2, 0, 1] = np.nan
+    path = write_run(tmp_path / trial.folder, trial.config, accuracy=accuracy, rewards=rewards)
+    (path / MEASURES).write_text(made_up_measures(4).model_dump_json())
+    found = read_outcome(trial, tmp_path)
+    assert found.steps == (0, 2, 4)
+    assert found.costs == (Costs(), Costs(2000, 10_000, 2 * 10**9, 4.0), Costs(4000, 20_000, 4 * 10**9, 8.0))
+    assert found.accuracy is not None
+    assert found.accuracy.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert found.rewards[2].tolist() == pytest.approx([1, 0, 0, 1 / 3])
+    assert found.best == 2
+    assert (found.failed, found.constant, found.seconds, found.evaluating.generated) == (1 / 8, 1 / 4, 8.0, 3 * 64)
+
+
+def test_figures_come_with_intervals_over_seeds_and_problems(summary: dict[str, Any], folder: Path) -> None:
+    es = summary["runs"]["es"]["figures"]
+    scores = np.stack([curve(trial)[-1] for trial in _finals(folder, "es")])
+    expected = share_interval(scores)
+    assert es["accuracy_final"]["seeds"] == [13 / 16, 14 / 16, 15 / 16]
+    assert es["accuracy_final"]["mean"] == pytest.approx(14 / 16)
+    assert (es["accuracy_final"]["low"], es["accuracy_final"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert es["reward_final"]["mean"] == pytest.approx(2 * 14 / 16 - 1)
+    assert es["accuracy_area"]["mean"] == pytest.approx((4 / 16 + 2 * 10 / 16 + 14 / 16) / 4)
+    assert es["pass@4"]["mean"] == pytest.approx(12 / 16)
+    assert [name for name in es if name.startswith("pass")] == ["pass@1", "pass@2", "pass@4"]
+
+
+def _finals(folder: Path, run: str) -> list[Trial]:
+    comparison = comparison_of(**OTHER)
+    return [
+        Trial(
+            run, "final", 1, {}, Path("runs") / run / f"seed-{seed}", comparison.final(run, {"optimizer.lr": 1.0}, seed)
+        )
+        for seed in comparison.seeds
+    ]
+
+
+def test_runs_are_compared_in_pairs(summary: dict[str, Any], folder: Path) -> None:
+    one, other = (np.stack([curve(trial)[-1] for trial in _finals(folder, run)]) for run in ("es", "grpo"))
+    expected = difference(other, one)
+    pair = summary["pairs"][0]
+    assert (pair["figure"], pair["runs"]) == ("accuracy_final", ["es", "grpo"])
+    assert (pair["difference"], pair["p"]) == pytest.approx((-0.25, float(expected.p)))
+    assert pair["p_holm"] == pair["p"]
+    assert len(summary["pairs"]) == 2
+
+
+def test_what_it_cost_to_reach_an_accuracy(summary: dict[str, Any]) -> None:
+    half, nearly_all = summary["runs"]["es"]["thresholds"]
+    assert (half["reached"], nearly_all["reached"]) == (3, 0)
+    assert half["costs"]["generated"] == pytest.approx(2000 * 4 / 6)
+    assert half["costs"]["steps"] == pytest.approx(2 * 4 / 6)
+    assert set(nearly_all["costs"].values()) == {None}
+
+
+def test_ability_at_another_task_is_measured_before_and_after(summary: dict[str, Any]) -> None:
+    other = summary["runs"]["es"]["other_tasks"]["three"]
+    assert (other["figure"], other["before"]["mean"], other["after"]["mean"]) == ("accuracy", 0.5, 0)
+    assert (other["change"]["mean"], other["change"]["seeds"]) == (-0.5, [-0.5, -0.5, -0.5])
+
+
+def test_grids_show_the_winner(summary: dict[str, Any]) -> None:
+    assert [trial["chosen"] for trial in summary["grids"]["es"]] == [True, False]
+    assert [trial["setting"] for trial in summary["grids"]["grpo"]] == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 1e-3}]
+
+
+def test_files_are_the_same_for_the_same_folders(summary: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    write_results(summary, tmp_path / "one")
+    write_results(json.loads(json.dumps(summarise(comparison_of(**OTHER), folder))), tmp_path / "other")
+    for name in ("comparison.json", "comparison.csv", "comparison.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert json.loads((tmp_path / "one" / "comparison.json").read_text()) == summary
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "one" / "comparison.csv").read_text())))
+    assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in ("es", "grpo") for seed in "123"]
+    assert (rows[0]["accuracy_final"], rows[0]["generated"], rows[0]["three_accuracy_after"]) == (
+        "0.8125",
+        "4000.0",
+        "0.0",
+    )
+
+
+def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) -> None:
+    made = {table.heading: table for table in tables(summary)}
+    assert list(made) == [
+        "Results",
+        "Differences",
+        "Sampled answers",
+        "What the runs spent",
+        "Cost to reach an accuracy",
+        "Distance from the base model",
+        "Training rollouts",
+        "Other task: three",
+        "Grid: es",
+        "Grid: grpo",
+    ]
+    assert all(len(row) == len(table.columns) for table in made.values() for row in table.rows)
+    spent = made["What the runs spent"]
+    assert "ends after the step that reaches 4,000 generated tokens" in spent.text
+    assert spent.rows[0] == ["es", "4,000", "20,000", "4e+09", "8", "4", "0:00:08"]
+    assert made["Grid: es"].rows[0] == ["1", "3.0", "0.500", "0.750", "chosen"]
+    assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", "–"]
+
+
+def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
+    summary = summarise(finished(tmp_path, seeds=[5]), tmp_path)
+    assert summary["runs"]["es"]["figures"]["accuracy_final"]["low"] is None
+    assert (summary["pairs"][0]["p"], summary["pairs"][0]["p_holm"]) == (None, None)
+    assert "[" not in tables(summary)[0].rows[0][3]
+
+
+def test_tables_survive_markdown_and_terminals() -> None:
+    table = Table("Odd", "Text.", ["run", "a|b"], [["[red]x[/]", "1\n2"]])
+    assert (
+        as_markdown("name", [table])
+        == "# name\n\n## Odd\n\nText.\n\n| run | a\\|b |\n| --- | ---: |\n| [red]x[/] | 1 2 |\n"
+    )
+    console = Console(width=60, record=True, file=io.StringIO())
+    print_tables([table], console)
+    assert "[red]x[/]" in console.export_text()
+
+
+def test_measures_come_back_from_their_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"measures.json: no such file"):
+        read_measures(tmp_path)
+    (tmp_path / MEASURES).write_text("{}")
+    with pytest.raises(ValueError, match=r"measures.json: not the measures of a run"):
+        read_measures(tmp_path)
+    measures = made_up_measures(3)
+    (tmp_path / MEASURES).write_text(measures.model_dump_json())
+    assert read_measures(tmp_path) == measures
+    assert Measures.model_validate_json(measures.model_dump_json()) == measures
+
+
+def test_scores_of_an_evaluations_rows() -> None:
+    rows = [
+        {"reward": reward, "accuracy": accuracy}
+        for reward, accuracy in ((1.0, 1.0), (None, None), (None, None), (None, None), (0.5, 0.25), (0.0, 1.0))
+    ]
+    assert scores_of(rows, 2) == Scores(rewards=(1.0, None, 0.25), accuracy=(0.5, 0.0, 0.625))
+    assert correct_counts(rows, 2) == (1, 0, 1)
+    unjudged = [{"reward": 1.0, "accuracy": None}]
+    assert scores_of(unjudged, 1) == Scores(rewards=(1.0,), accuracy=None)
+    assert correct_counts(unjudged, 1) is None

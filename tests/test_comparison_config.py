@@ -1,0 +1,126 @@
+"""A comparison's config: what runs share, what each has of its own, and what is no fair comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import SHARED, comparison_of
+
+from es_engine.config import ConfigError, dump_comparison, load_comparison
+
+GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        comparison_of(**fields)
+    return str(error.value)
+
+
+def test_a_run_is_its_part_laid_over_the_shared_one() -> None:
+    comparison = comparison_of()
+    es, grpo = (comparison.final(run, comparison.settings(run)[1], seed=2) for run in ("es", "grpo"))
+    assert (es.name, es.seed, es.budget.tokens) == ("es-seed-2", 2, 4000)
+    assert (es.optimizer.kind, es.optimizer.lr, grpo.optimizer.kind, grpo.optimizer.lr) == ("sgd", 6.0, "adam", 1e-3)
+    assert es.task == grpo.task
+    assert es.evaluation.numbers == range(16)
+
+
+def test_trials_have_another_seed_and_never_see_a_test_problem() -> None:
+    trial = comparison_of().trial("es", 1)
+    assert (trial.name, trial.seed, trial.optimizer.lr) == ("es-trial-01", 0, 3.0)
+    assert trial.evaluation.numbers == range(16, 24)
+
+
+def test_a_grid_is_every_combination_of_its_values() -> None:
+    grid = {"optimizer.lr": [1.0, 2.0], "method": {"sigma": [0.1, 0.2]}}
+    comparison = comparison_of(runs={"es": {"method": {"kind": "es"}, "grid": grid}})
+    pairs = [(setting["optimizer.lr"], setting["method.sigma"]) for setting in comparison.settings("es")]
+    assert pairs == [(1.0, 0.1), (1.0, 0.2), (2.0, 0.1), (2.0, 0.2)]
+    assert comparison.trial("es", 3).method.sigma == 0.1
+    assert not comparison_of(runs={"es": {}, "grpo": GRPO | {"optimizer": {"kind": "adam", "lr": 1e-4}}}).tunes
+
+
+def test_a_run_may_add_limits_to_the_shared_budget() -> None:
+    sft = {"method": {"kind": "sft"}, "optimizer": {"kind": "adam", "lr": 1e-4}}
+    budget = comparison_of(runs={"sft": sft | {"budget": {"generations": 7}}}).final("sft", {}, 1).budget
+    assert (budget.tokens, budget.generations) == (4000, 7)
+    assert refusal(runs={"sft": sft}).startswith("runs.sft.budget.tokens: got 4000, accepted is another limit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"runs": {"es": {"grid": {"optimizer.lr": [1.0, 2.0]}}, "sgd": {"grid": {"optimizer.lr": [1.0]}}}},
+            "runs: grids of unequal size (es 2, sgd 1), accepted is the same number of trials for each run",
+        ),
+        ({"runs": {"es": {"grid": {"optimizer.lr": [1.0, 1.0]}}}}, "runs.es.grid.optimizer.lr: got [1.0, 1.0]"),
+        ({"runs": {"es": {"grid": {"budget.tokens": [1, 2]}}}}, "runs.es.grid.budget.tokens: got [1, 2]"),
+        ({"runs": {"es": {"grid": {"method.sigma": [-1.0, 1.0]}}}}, "runs.es.method.sigma: got -1.0, accepted is"),
+        ({"runs": {"es": {"optimizer": {"learning": 1}}}}, "runs.es.optimizer.learning: unknown key"),
+        ({"runs": {"es": {"seed": 1}}}, "runs.es.seed: got 1, accepted is nothing"),
+        ({"runs": {"es": {"budget": {"tokens": 1}}}}, "runs.es.budget.tokens: got 1, accepted is nothing"),
+        ({"runs": {"es": 3}}, "runs.es: got 3, accepted is the path of a config file, or a mapping"),
+        ({"runs": {"a/b": {}}}, 'runs: got "a/b", accepted is names'),
+        (
+            {"runs": {"es": {}, "wide": {"space": {"rank": 4}}}},
+            "runs.wide.space.rank: got 4, accepted is that of runs.es, 8, for one pool serves all",
+        ),
+        ({"seeds": [1, 1]}, "seeds: got [1, 1], accepted is seeds that differ"),
+        ({"tuning": {"seed": 3}}, "tuning.seed: got 3, accepted is a seed that is not among seeds"),
+        ({"thresholds": [1.5]}, "thresholds: got"),
+        ({"other_tasks": {"logic": {"kind": "nothing"}}}, "other_tasks.logic.kind: got"),
+        ({"run": {**SHARED, "budget": {"tokens": 1}}}, 'run.budget: got {"tokens": 1}, accepted is nothing'),
+    ],
+)
+def test_what_is_no_fair_comparison_is_refused_by_the_place(fields: dict[str, Any], sentence: str) -> None:
+    assert refusal(**fields).startswith(sentence)
+
+
+def test_another_task_must_suit_the_model() -> None:
+    run = {**SHARED, "model": {"kind": "tiny"}}
+    sentence = refusal(run=run, other_tasks={"grid": {"kind": "sudoku"}})
+    assert sentence == 'other_tasks.grid.kind: got "sudoku", accepted is countdown while model.kind is tiny'
+
+
+def test_dump_loads_as_the_same_comparison_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "data.jsonl").write_text("")
+    (here / "shared.yaml").write_text(
+        "name: shared\nseed: 5\nbudget: {generations: 3}\nmodel: {source: ./model}\noptimizer: {kind: sgd, lr: 1.0}\n"
+        "task: {kind: countdown, data: data.jsonl}\n"
+    )
+    (here / "es.yaml").write_text("extends: shared.yaml\nmethod: {population: 8}\n")
+    (here / "comparison.yaml").write_text(
+        "name: c\nrun: shared.yaml\nbudget: {tokens: 10}\nother_tasks: {own: {kind: countdown, data: data.jsonl}}\n"
+        "runs:\n  es: es.yaml\n  warm: {extends: es.yaml, space: {init: a}, grid: {optimizer.lr: [2.0]}}\n"
+        "  starts: {grid: {space.init: [a]}}\n"
+    )
+    comparison = load_comparison(here / "comparison.yaml")
+    es = comparison.final("es", {}, 1)
+    assert (es.method.population, es.budget.tokens, es.budget.generations) == (8, 10, None)  # type: ignore[union-attr]
+    assert es.task.data == comparison.other_tasks["own"].data == str(here / "data.jsonl")  # type: ignore[union-attr]
+    (there / "again.yaml").write_text(dump_comparison(comparison))
+    monkeypatch.chdir(there)
+    assert load_comparison("again.yaml") == comparison
+
+
+def test_overrides_reach_every_part(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.yaml"
+    path.write_text(dump_comparison(comparison_of()))
+    overrides = ["budget.tokens=7", "run.task.max_tokens=9", "runs.es.grid.optimizer.lr=[1.0, 2.0]"]
+    config = load_comparison(path, overrides).trial("es", 2)
+    assert (config.budget.tokens, config.task.max_tokens, config.optimizer.lr) == (7, 9, 2.0)
+
+
+def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match=r"list.yaml: got \[\], accepted is a mapping of name, run, budget"):
+        load_comparison(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match=r"none.yaml: cannot read the config file"):
+        load_comparison(tmp_path / "none.yaml")
