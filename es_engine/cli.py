@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from es_engine.config import Config, explain, load_config, load_task, task_kinds
+from es_engine.config import Config, explain, load_comparison, load_config, load_task, task_kinds
 
 if TYPE_CHECKING:
     from es_engine.scoring import Graded
@@ -128,6 +128,19 @@ def tasks(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML config of a comparison.")],
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where it goes; by default comparisons/NAME.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compare methods at equal cost on one pool. Stopped at whatever instant, the same command goes on."""
+    chosen = load_comparison(config, overrides or [])
+    from es_engine.compare.runner import compare as run
+
+    typer.echo(f"comparison: {run(chosen, folder)}")
+
+
+@app.command()
 def diff(run_a: RunDir, run_b: RunDir) -> None:
     """Are two runs' ledgers equal, but for times and places? Exit code 0 if they are, 1 if not."""
     from es_engine.ledger import first_difference
@@ -200,7 +213,7 @@ def main() -> None:
     try:
         app()
     except _Interrupted:
-        _end("interrupted; `es-engine resume RUN` goes on from here", 130)
+        _end("interrupted; `es-engine resume RUN` goes on from here; a comparison goes on when it is begun again", 130)
     except ValueError as error:
         _end(str(error), 2)
     except OSError as error:

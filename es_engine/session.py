@@ -192,14 +192,22 @@ def worker_setup(materials: Materials, needs: Needs) -> WorkerSetup:
 class Session:
     """Materials with a pool of workers, which can be turned to other runs; a context manager."""
 
-    def __init__(self, config: Config, notify: Callable[[str], None], others: Sequence[Config] = ()) -> None:
-        """Begins with a run, on a pool that can also serve `others`.
+    def __init__(
+        self,
+        config: Config,
+        notify: Callable[[str], None],
+        others: Sequence[Config] = (),
+        *,
+        gradients: bool = False,
+    ) -> None:
+        """Begins with a run, on a pool that can also serve `others`; with `gradients` it can hold a model in torch even
+        if none of them asks for one.
 
         Raises ValueError for anything about the configs that can only be seen with the model and the cluster at hand,
         and where the others differ in what a pool cannot change (see `turn_to`).
         """
         self.materials = gather(config)
-        self._needs = needs(self.materials)
+        self._needs = needs(self.materials) | Needs(slots=0, gradients=gradients)
         _try_verifier(self.materials)
         for other in others:
             found = self._gathered(other)
@@ -276,5 +284,6 @@ def _check_pool(config: Config, other: Config) -> None:
 
 def _shared(config: Config) -> dict[str, object]:
     fields = dict(flat(config.model_dump(mode="json", include={"model", "pool", "engine", "space"})))
-    own = {"engine.chunk", *(name for name in fields if name.startswith("space."))} - {"space.rank", "space.targets"}
+    own = {"engine.chunk", *(name for name in fields if name.startswith(("space.", "model.lessons")))}
+    own -= {"space.rank", "space.targets"}
     return {name: value for name, value in fields.items() if name not in own}

@@ -6,7 +6,8 @@ And its past: resume and replay.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,9 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
     """Train to the end of the budget and leave a run folder (default: runs/NAME). Raises ValueError for bad input."""
     folder = RunFolder(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
     folder.refuse_existing()
-    notices = _Notices()
+    notices = Notices()
     with Session(config, notices) as session:
-        session.settle_chunk()
-        folder.create(session.materials.config)
-        ledger = folder.open_ledger()
-        state = _beginning(session.materials)
-        ledger.append(_header(session.materials, state))
-        _run(session, folder, ledger, state, notices)
+        begin(session, folder, notices)
     return Run(folder.path)
 
 
@@ -65,15 +61,27 @@ def resume(run_dir: Path | str) -> Run:
     Raises ValueError if it cannot be continued.
     """
     folder = RunFolder(Path(run_dir))
-    config = folder.load_config()
-    ledger = folder.open_ledger()
-    notices = _Notices()
-    with Session(config, notices) as session:
-        state = restore(session.materials, folder, ledger)
-        if not ledger.lines:
-            ledger.append(_header(session.materials, state))
-        _run(session, folder, ledger, state, notices)
+    notices = Notices()
+    with Session(folder.load_config(), notices) as session:
+        go_on(session, folder, notices)
     return Run(folder.path)
+
+
+def begin(session: Session, folder: RunFolder, notices: Notices) -> None:
+    """Train to the end of the budget in a new run folder, on a session that serves the run."""
+    session.settle_chunk()
+    folder.create(session.materials.config)
+    go_on(session, folder, notices)
+
+
+def go_on(session: Session, folder: RunFolder, notices: Notices) -> None:
+    """Train from wherever the run is to the end of its budget, on a session that serves it. Raises ValueError if it
+    cannot be continued."""
+    ledger = folder.open_ledger()
+    state = restore(session.materials, folder, ledger)
+    if not ledger.lines:
+        ledger.append(_header(session.materials, state))
+    _run(session, folder, ledger, state, notices)
 
 
 def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Path:
@@ -121,11 +129,13 @@ def restore(materials: Materials, folder: RunFolder, ledger: Ledger) -> State:
     return state
 
 
-def _run(session: Session, folder: RunFolder, ledger: Ledger, state: State, notices: _Notices) -> None:
+def _run(session: Session, folder: RunFolder, ledger: Ledger, state: State, notices: Notices) -> None:
     """Generations and evaluations from `state` to the end of the budget; then the final adapter."""
     materials = session.materials
-    with closing(open_telemetry(materials.config.telemetry, folder.path, state.step)) as telemetry:
-        notices.deliver_to(telemetry)
+    with (
+        closing(open_telemetry(materials.config.telemetry, folder.path, state.step)) as telemetry,
+        notices.delivered_to(telemetry),
+    ):
         _settle_sigma(session, ledger, state, telemetry)
         while not _spent(materials.config, state):
             _evaluate_if_due(session, folder, state, telemetry)
@@ -328,7 +338,7 @@ def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) ->
     }
 
 
-class _Notices:
+class Notices:
     """Messages from the pool, kept until there is somebody to tell."""
 
     def __init__(self) -> None:
@@ -341,7 +351,14 @@ class _Notices:
         else:
             self._telemetry.message(text)
 
-    def deliver_to(self, telemetry: Telemetry) -> None:
+    @contextmanager
+    def delivered_to(self, telemetry: Telemetry) -> Iterator[None]:
+        """Tell them there as long as the context lasts, those that were kept first."""
         self._telemetry = telemetry
         for text in self._kept:
             telemetry.message(text)
+        self._kept.clear()
+        try:
+            yield
+        finally:
+            self._telemetry = None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from es_engine.config import Config, CountdownTaskConfig, TinyModelConfig
-from rewards.prompts import PLAIN_ALPHABET
-from workers.lessons import lessons
+from es_engine.config import Config, TinyModelConfig
+from workers.lessons import alphabet, lessons
 from workers.models import resolve
 from workers.tiny_model import resolve_tiny
 
@@ -16,10 +15,10 @@ def local_model(config: Config) -> Path:
     model = config.model
     if not isinstance(model, TinyModelConfig):
         return resolve(model.source, model.revision)
-    assert isinstance(config.task, CountdownTaskConfig)  # as the configuration has checked
+    taught = config.lessons
     return resolve_tiny(
-        examples=lessons(config.task),
-        alphabet=PLAIN_ALPHABET,
+        examples=lessons(taught),
+        alphabet=alphabet(taught),
         steps=model.steps,
         batch=model.batch,
         lr=model.lr,

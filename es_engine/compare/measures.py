@@ -65,7 +65,7 @@ class Measures(_Data):
     """Everything in `measures.json`."""
 
     sampled: SampledEvaluation
-    kl: KlToBase
+    kl: KlToBase | None
     delta: DeltaNorm
     other_tasks: dict[str, BeforeAndAfter] = {}
 

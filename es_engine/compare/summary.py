@@ -141,9 +141,10 @@ def _number(value: Array | float) -> float | None:
 
 def _observed(outcomes: Sequence[Outcome]) -> Data:
     """What is known of each seed as a whole."""
+    divergences = [each.measures.kl for each in outcomes]
     figures: dict[str, list[float | None]] = {
-        "kl_per_token": [each.measures.kl.per_token for each in outcomes],
-        "kl_per_completion": [each.measures.kl.per_completion for each in outcomes],
+        "kl_per_token": [None if kl is None else kl.per_token for kl in divergences],
+        "kl_per_completion": [None if kl is None else kl.per_completion for kl in divergences],
         "delta_norm": [each.measures.delta.absolute for each in outcomes],
         "delta_relative": [each.measures.delta.relative for each in outcomes],
         "failed": [each.failed for each in outcomes],

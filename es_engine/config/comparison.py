@@ -34,6 +34,7 @@ from es_engine.config.loading import (
     read_tree,
     with_absolute_paths,
 )
+from es_engine.config.model import TinyModelConfig
 from es_engine.config.root import Config, Name
 from es_engine.config.tasks import TaskConfig
 
@@ -224,8 +225,11 @@ def dump_comparison(comparison: ComparisonConfig) -> str:
 
 
 def on_other_task(config: Config, task: TaskConfig) -> Config:
-    """The config with another task. Raises ConfigError where its model or engine does not suit that task."""
-    return parse_config({**config.model_dump(mode="json"), "task": task.model_dump(mode="json")})
+    """The config with another task and the same model. Raises ConfigError where model or engine does not suit it."""
+    tree = config.model_dump(mode="json") | {"task": task.model_dump(mode="json")}
+    if isinstance(config.model, TinyModelConfig):  # which would otherwise be taught the other task
+        tree["model"]["lessons"] = config.lessons.model_dump(mode="json")
+    return parse_config(tree)
 
 
 def _with_whole_parts(tree: Tree, folder: Path) -> Tree:

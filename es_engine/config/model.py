@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from es_engine.config.base import ConfigModel, PositiveFloat, PositiveInt, Seed, Text, problem
+from es_engine.config.tasks import LessonsTaskConfig
 
 
 class PretrainedModelConfig(ConfigModel):
@@ -23,12 +24,15 @@ class PretrainedModelConfig(ConfigModel):
 
 
 class TinyModelConfig(ConfigModel):
-    """The fast test bed: a character-level Llama, trained on the spot on worked Countdown solutions."""
+    """The fast test bed: a character-level Llama, trained on the spot on worked solutions."""
 
     kind: Literal["tiny"] = Field(
         default="tiny", description="A small character-level Llama, trained before the run starts."
     )
     source: Literal["tiny"] = Field(default="tiny", description="The name the model goes by; it comes from nowhere.")
+    lessons: Annotated[LessonsTaskConfig, Field(discriminator="kind")] | None = Field(
+        default=None, description="The task it is taught, countdown or sudoku; null: that of the run."
+    )
     steps: PositiveInt = Field(default=1000, description="Training steps.")
     hidden: PositiveInt = Field(default=128, description="Width of the hidden state.")
     layers: PositiveInt = Field(default=4, description="Number of transformer layers.")

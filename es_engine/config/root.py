@@ -16,7 +16,7 @@ from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
 from es_engine.config.reflection import default_kinds
 from es_engine.config.space import LoraSpaceConfig
-from es_engine.config.tasks import CountdownTaskConfig, MultiTurnTaskConfig, TaskConfig
+from es_engine.config.tasks import LessonsTaskConfig, MultiTurnTaskConfig, TaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
 VLLM_MAX_RANK = 512  # vllm.config.lora.MaxLoRARanks
@@ -83,9 +83,18 @@ class Config(ConfigModel):
 
     @model_validator(mode="after")
     def _the_tiny_model_knows_the_task(self) -> Self:
-        if isinstance(self.model, TinyModelConfig) and not isinstance(self.task, CountdownTaskConfig):
-            raise problem("task.kind", self.task.kind, "countdown while model.kind is tiny")
+        taught = isinstance(self.model, TinyModelConfig) and self.model.lessons is None
+        if taught and not isinstance(self.task, LessonsTaskConfig):
+            raise problem("task.kind", self.task.kind, "countdown or sudoku while model.kind is tiny")
         return self
+
+    @property
+    def lessons(self) -> LessonsTaskConfig:
+        """The task that the tiny model is taught."""
+        assert isinstance(self.model, TinyModelConfig)
+        taught = self.model.lessons or self.task
+        assert isinstance(taught, LessonsTaskConfig)
+        return taught
 
     @model_validator(mode="after")
     def _made_up_answers_play_no_games(self) -> Self:

@@ -30,6 +30,9 @@ TaskConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
+LessonsTaskConfig = CountdownTaskConfig | SudokuTaskConfig
+"""The tasks that the tiny model can be taught."""
+
 __all__ = [
     "ArcTaskConfig",
     "ChatTaskConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "CountdownTaskConfig",
     "EnvironmentTaskConfig",
     "GuessTaskConfig",
+    "LessonsTaskConfig",
     "MathTaskConfig",
     "MultiTurnTaskConfig",
     "ReasoningGymTaskConfig",

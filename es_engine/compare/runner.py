@@ -1,0 +1,102 @@
+"""Run a comparison on one pool, which is turned from run to run.
+
+What has been done is told from the comparison's folder, so it can be stopped at any instant: begun again, it goes on
+with the run that was under way and repeats none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from es_engine.compare.measures import Scores, write_measures
+from es_engine.compare.measuring import measure, measure_base
+from es_engine.compare.plan import Trial, check_splits, open_folder, pending, tuning_trials
+from es_engine.compare.summary import summarise
+from es_engine.compare.tables import tables
+from es_engine.compare.writers import print_tables, write_results
+from es_engine.config import ComparisonConfig, Config
+from es_engine.config.base import in_yaml
+from es_engine.run_folder import RunFolder, write_text
+from es_engine.session import Session
+from es_engine.trainer import Notices, begin, go_on, restore
+
+BASE = "base.json"
+"""What the base model scores at the other tasks."""
+
+
+def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> Path:
+    """Run whatever is not finished of a comparison in its folder (default: comparisons/NAME), write its tables and
+    print them. Raises ValueError for bad input."""
+    folder = Path(folder) if folder is not None else Path("comparisons") / comparison.name
+    check_splits(comparison)
+    open_folder(comparison, folder)
+    if pending(comparison, folder):
+        _run(comparison, folder)
+    summary = summarise(comparison, folder)
+    write_results(summary, folder)
+    print_tables(tables(summary), Console())
+    return folder
+
+
+def _run(comparison: ComparisonConfig, folder: Path) -> None:
+    notices = Notices()
+    first, *others = _every_config(comparison)
+    console = Console()
+    with Session(first, notices, others, gradients=True) as session:
+        for trial in _until_done(comparison, folder):
+            console.print(_title(comparison, trial), markup=False, highlight=False)
+            _train(session, trial, folder, notices)
+            if trial.purpose == "final":
+                _measure(session, comparison, trial, folder)
+
+
+def _until_done(comparison: ComparisonConfig, folder: Path) -> Iterator[Trial]:
+    """What is to be run, one after the other; the final runs are known when the grids are done."""
+    while todo := pending(comparison, folder):
+        yield from todo
+
+
+def _every_config(comparison: ComparisonConfig) -> list[Config]:
+    """Everything that the pool may have to serve, apart from seeds."""
+    return [
+        comparison.trial(run, number)
+        for run in comparison.runs
+        for number in range(1, 1 + len(comparison.settings(run)))
+    ]
+
+
+def _title(comparison: ComparisonConfig, trial: Trial) -> str:
+    place = len(tuning_trials(comparison)), len(comparison.runs) * len(comparison.seeds)
+    setting = ", ".join(f"{field} {in_yaml(value)}" for field, value in trial.setting.items())
+    return f"{trial.folder}{setting and ': '}{setting} ({place[0]} trials of grids, then {place[1]} final runs)"
+
+
+def _train(session: Session, trial: Trial, folder: Path, notices: Notices) -> None:
+    """Train a trial to its end, from wherever it is; the session serves it then."""
+    run, stage = RunFolder(folder / trial.folder), trial.stage(folder)
+    # A run that has begun has its own config, with the chunk that was found for it.
+    session.turn_to(trial.config if stage == "absent" else run.load_config())
+    if stage == "absent":
+        begin(session, run, notices)
+    elif stage == "begun":
+        go_on(session, run, notices)
+
+
+def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folder: Path) -> None:
+    run, config = RunFolder(folder / trial.folder), session.materials.config
+    theta = restore(session.materials, run, run.open_ledger()).theta
+    before = _base_scores(session, comparison, config, folder / BASE)
+    session.turn_to(config)
+    write_measures(run.path, measure(session, comparison, theta, before))
+
+
+def _base_scores(session: Session, comparison: ComparisonConfig, config: Config, file: Path) -> dict[str, Scores]:
+    """What the base model scores at the other tasks: found once, and kept in a file."""
+    if not file.is_file():
+        found = measure_base(session, comparison, config)
+        write_text(file, json.dumps({name: scores.model_dump() for name, scores in found.items()}, indent=2) + "\n")
+    return {name: Scores.model_validate(scores) for name, scores in json.loads(file.read_text()).items()}
