@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from run_folders import SHARED, comparison_of, finish
+from small_runs import small_config, train_here
 
 from es_engine.compare.plan import (
     MEASURES,
@@ -18,6 +20,7 @@ from es_engine.compare.plan import (
     pending,
     tuning_trials,
 )
+from es_engine.run_folder import RunFolder
 
 
 def reach(trial: Trial, folder: Path, accuracy: float = 0.5, reward: float | None = None) -> None:
@@ -60,6 +63,23 @@ def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path: Pat
     (tmp_path / second.folder / "adapter").rmdir()
     assert second.stage(tmp_path) == "begun"
     assert pending(comparison, tmp_path) == [second, third]
+
+
+def test_a_trial_that_was_trained_is_finished_and_saw_validation_problems_alone(
+    random_llama: Path, tmp_path: Path
+) -> None:
+    shared = small_config(random_llama, {"kind": "sft", "batch": 4}).model_dump(mode="json")
+    run = {key: value for key, value in shared.items() if key not in ("name", "seed", "budget")}
+    grid = {"grid": {"optimizer.lr": [1e-3, 1e-2]}}
+    comparison = comparison_of(run=run, runs={"sft": grid}, budget={"generations": 1}, tuning={"problems": 4})
+    trial = tuning_trials(comparison)[0]
+    folder = RunFolder(train_here(trial.config, tmp_path / trial.folder))
+    assert trial.stage(tmp_path) == "finished"
+    problems = [trial.config.task.build().example("heldout", number).id for number in range(8, 12)]
+    assert [line["step"] for line in folder.open_evaluations().lines] == [0, 1]
+    for step in (0, 1):
+        rows = map(json.loads, folder.samples_file(step).read_text().splitlines())
+        assert [row["id"] for row in rows] == problems
 
 
 def test_equal_rewards_are_told_apart_by_accuracy_and_a_trial_without_reward_never_wins(tmp_path: Path) -> None:

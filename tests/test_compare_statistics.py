@@ -58,12 +58,13 @@ def test_intervals_of_means_cover_at_their_rate(seeds: int, problems: int, mix: 
     found = mean_interval(scores)
     covered = np.mean((found.low <= LEVEL_OF_TRUTH) & (found.high >= LEVEL_OF_TRUTH))
     assert 0.945 - rate_error(0.945) <= covered <= 0.995
-    right = (scores > 0).astype(np.float64)
-    truth = stats.norm.cdf(LEVEL_OF_TRUTH / math.hypot(*mix))
-    shares = share_interval(right)
-    covered = np.mean((shares.low <= truth) & (truth <= shares.high))
-    assert 0.94 - rate_error(0.94) <= covered <= 0.995
-    assert np.all((shares.low >= 0) & (shares.low < shares.mean) & (shares.mean < shares.high) & (shares.high <= 1))
+    for bar in (0.0, 1.5):  # the second is rarely passed, by 5% or less
+        right = (scores > bar).astype(np.float64)
+        truth = stats.norm.cdf((LEVEL_OF_TRUTH - bar) / math.hypot(*mix))
+        shares = share_interval(right)
+        covered = np.mean((shares.low <= truth) & (shares.high >= truth))
+        assert 0.935 - rate_error(0.935) <= covered <= 0.998
+        assert np.all((shares.low >= 0) & (shares.low <= shares.mean) & (shares.mean < shares.high))
 
 
 def test_neither_normal_quantiles_nor_seeds_alone_would_cover() -> None:

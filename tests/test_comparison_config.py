@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from run_folders import SHARED, comparison_of
 
-from es_engine.config import ConfigError, dump_comparison, load_comparison
+from es_engine.config import ConfigError, dump_comparison, load_comparison, parse_comparison
+from es_engine.config.loading import merge, nested
 
 GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
 
@@ -124,3 +128,51 @@ def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:
         load_comparison(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match=r"none.yaml: cannot read the config file"):
         load_comparison(tmp_path / "none.yaml")
+
+
+def test_the_comparison_of_the_docs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    text = (root / "docs/compare.md").read_text()
+    (tmp_path / "comparison.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    comparison = load_comparison(tmp_path / "comparison.yaml")
+    assert {run: len(comparison.settings(run)) for run in comparison.runs} == {"es": 4, "grpo": 4, "sft": 4}
+
+
+PLACES = [
+    *(
+        "name",
+        "run",
+        "budget",
+        "seeds",
+        "tuning",
+        "runs",
+        "thresholds",
+        "other_tasks",
+        "samples",
+        "run.model",
+        "run.task",
+    ),
+    *("runs.es", "runs.es.grid", "runs.es.grid.optimizer.lr", "runs.es.budget", "runs.es.extends", "runs.es.method"),
+    *("runs.grpo.space", "other_tasks.two", "other_tasks.two.kind", "tuning.seed", "budget.tokens", "unknown"),
+]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.floats() | st.sampled_from(["", "es", "countdown", "x.yaml"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "a b", "optimizer.lr"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(PLACES), VALUES)
+@settings(max_examples=60, deadline=None)
+@example("runs", {1: {}})
+@example("runs.es.budget", {1: 2})
+@example("runs.es.grid", {1: [2]})
+@example("runs.es", {1: 2})
+@example("other_tasks", {1: {"kind": "countdown"}})
+def test_any_value_at_any_place_is_accepted_or_refused_in_words(place: str, value: Any) -> None:
+    data = merge(comparison_of().model_dump(mode="json"), nested(place, value))
+    with suppress(ConfigError):
+        assert parse_comparison(data).settings(next(iter(data["runs"])))

@@ -26,6 +26,7 @@ from es_engine.config.errors import as_config_error
 from es_engine.config.loading import (
     AXES,
     Tree,
+    absolute_file,
     merge,
     nested,
     override_tree,
@@ -259,7 +260,9 @@ def _whole_part(part: Any, where: str, folder: Path) -> Tree:
         return own
     if not isinstance(parent, str):
         raise ConfigError(f"{where}.extends: got {in_yaml(parent)}, accepted is the path of a YAML file")
-    inherited = {key: value for key, value in read_tree(folder / parent).items() if key not in OUTSIDE}
+    inherited = {
+        key: value for key, value in read_tree(Path(absolute_file(parent, folder))).items() if key not in OUTSIDE
+    }
     return merge(inherited, own)
 
 

@@ -24,6 +24,9 @@ def as_config_error(error: ValidationError, root: type[BaseModel], data: Mapping
 
 def _explain(detail: Mapping[str, Any], root: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
     """The dotted path of the field that is at fault and the sentence about it."""
+    if detail["loc"][-1:] == ("[key]",):  # of a mapping by name
+        path = ".".join(map(str, detail["loc"][:-2]))
+        return path, f"{path}: got the name {in_yaml(detail['input'])}, accepted is text"
     keys, model, info = _locate(detail["loc"], root)
     path = ".".join(key if key.isidentifier() or key.isdecimal() else in_yaml(key) for key in keys)
     if detail["type"] == "value_error":

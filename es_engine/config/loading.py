@@ -172,14 +172,15 @@ def _part(part: Any, folder: Path) -> Any:
     return {**part, "verifier": _verifier(part["verifier"], folder)}
 
 
-def _file(name: str, folder: Path) -> str:
+def absolute_file(name: str, folder: Path) -> str:
+    """The absolute path of a file that is looked for in `folder`, then in the current directory."""
     path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is, where that of Path raises
     return os.path.abspath(folder / path if os.path.exists(folder / path) else path)
 
 
 def _data(name: str, folder: Path) -> str:
     """A data set on a hub stays as it is."""
-    return name if name.startswith("hub:") else _file(name, folder)
+    return name if name.startswith("hub:") else absolute_file(name, folder)
 
 
 def _model_source(name: str, folder: Path) -> str:
@@ -187,14 +188,14 @@ def _model_source(name: str, folder: Path) -> str:
     if name.startswith("package:"):
         return name
     is_path = name.endswith(".gguf") or name.startswith(("/", ".", "~"))
-    path = _file(name, folder)
+    path = absolute_file(name, folder)
     return path if is_path or os.path.exists(path) else name
 
 
 def _verifier(name: str, folder: Path) -> str:
     """Only path/to/file.py has a path; a registered verifier and package.module do not."""
     match = _FILE_OF_VERIFIER.fullmatch(name)
-    return f"{match['dialect'] or ''}{_file(match['path'], folder)}{match['rest']}" if match else name
+    return f"{match['dialect'] or ''}{absolute_file(match['path'], folder)}{match['rest']}" if match else name
 
 
 # The function may be left out behind a dialect's prefix only, but there is no other name that ends in .py.
@@ -205,8 +206,8 @@ _FILE_OF_VERIFIER = re.compile(
 _PATHS: dict[tuple[str, ...], _Absolute] = {
     ("model", "source"): _model_source,
     ("method", "teacher", "model"): _model_source,
-    ("method", "teacher", "adapter"): _file,
-    ("space", "init"): _file,
+    ("method", "teacher", "adapter"): absolute_file,
+    ("space", "init"): absolute_file,
     ("method", "data"): _data,
     ("task", "data"): _data,
     ("task", "heldout_data"): _data,
