@@ -24,7 +24,6 @@ from workers.engine import Vector
 from workers.models import multiplying_parameters
 from workers.pool import Call
 
-ES_ENGINE = Path(sys.executable).with_name("es-engine")
 GENERATIONS = 4
 
 
@@ -99,12 +98,6 @@ def climb(materials: Materials, pool: LocalPool, steps: int, lr: float) -> tuple
 def materials_of(model: Path, method: dict[str, Any], **axes: dict[str, Any]) -> Materials:
     """All of a small run but its workers."""
     return gather(small_config(model, method, **axes))
-
-
-def es_engine(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    command = [ES_ENGINE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 class LocalSession:

@@ -13,10 +13,11 @@ import peft
 import pytest
 import torch
 import yaml
+from command_line import refusal
 from conftest import ALPHABET, build_random_model
 from inputs import random_center, random_prompts
 from test_gradient import OnOneWorker, build_space, plain_logprobs, plain_peft
-from test_runs import refusal, write_config
+from test_runs import write_config
 from transformers import AutoModelForCausalLM
 
 from es_engine import trainer
