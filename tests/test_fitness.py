@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,16 +13,15 @@ import numpy as np
 import peft
 import pytest
 from conftest import ALPHABET, build_random_model
-from inputs import random_center
+from inputs import random_center, random_prompts
+from scipy import stats
 from small_runs import (
     GENERATIONS,
     LocalPool,
     materials_of,
     resume_here,
     small_config,
-    train_and_kill,
     train_here,
-    write_config,
     write_rows,
 )
 from test_gradient import plain_logprobs
@@ -29,7 +29,7 @@ from test_runs import assert_same_run
 from transformers import AutoModelForCausalLM
 
 from es_engine import cli, noise, trainer
-from es_engine.config import ConfigError, EsMethodConfig, TeacherConfig, dump_config
+from es_engine.config import ConfigError, EsMethodConfig, TeacherConfig, parse_config
 from es_engine.costs import Costs
 from es_engine.ledger import Ledger
 from es_engine.methods.es import EvolutionStrategies
@@ -38,9 +38,9 @@ from es_engine.methods.opd import ExactLoss
 from es_engine.run_folder import RunFolder
 from es_engine.session import Materials
 from es_engine.spaces.lora import LoraSpace
-from rewards.base import Score
+from rewards.base import Example, Score
 from workers.chunks import Chunk, ChunkResult, Outcome, Outcomes, Problem, Transcript, WeightedNoise, collect
-from workers.engine import Completion, Member, Sampling, Vector
+from workers.engine import Completion, Sampling, Vector
 from workers.gradient import GradientModel, Outputs, collate
 from workers.models import linear_matrices, multiplying_parameters
 from workers.perturbation import Perturber
@@ -151,18 +151,17 @@ def test_closeness_to_a_teacher_is_that_of_every_members_own_completions(
     assert found.teacher is not None
     adapted = multiplying_parameters(random_llama) + found.space.adapter_parameters
     read = 2 * record["prompt_tokens"] + tokens  # by the teacher, who reads the prompt with each of two samples
-    assert record["costs"].flops == 2 * (
-        adapted * (record["prompt_tokens"] + tokens) + found.teacher.parameters * read
-    )
+    assert record["costs"].flops == 2 * (adapted * (record["prompt_tokens"] + tokens) + found.teacher.parameters * read)
 
 
 class OneToken:
-    """A pool whose members say one token, drawn from their exact distribution with the same random numbers."""
+    """A pool whose members say one token, drawn from their distribution with the same, evenly spread random numbers."""
 
     size = 1
 
     def __init__(self, model: GradientModel, space: LoraSpace) -> None:
         self.model = model
+        self.space = space
         self.perturber = Perturber(1, space.dim, 10**8)
 
     def put(self, value: Any) -> Any:
@@ -179,7 +178,8 @@ class OneToken:
             self.model.set_theta(self.perturber.theta(chunk.generation, chunk.sigma, member))
             rows = Outputs(self.model, asked).log_softmax().detach().double().numpy()
             for place, row in enumerate(rows):
-                drawn = np.random.default_rng([chunk.generation, place]).random(chunk.sampling.samples)
+                count = chunk.sampling.samples
+                drawn = (np.arange(count) + np.random.default_rng([chunk.generation, place]).random(count)) / count
                 for sample, token in enumerate(np.searchsorted(np.exp(row).cumsum()[:-1], drawn).tolist()):
                     said = Completion(0, sample, "", (token,), "length", (float(row[token]),))
                     question = slot * len(rows) + place
@@ -187,37 +187,187 @@ class OneToken:
         return collect(chunk, Outcomes(outcomes, 0, 0.0))
 
     def teacher_logprobs(self, samples: Sequence[Sample], temperature: float) -> tuple[list[Vector], float]:
-        return self.model.logprobs(samples, temperature, "teacher"), 0.0
+        prompts = {sample.prompt_ids: place for place, sample in enumerate(samples)}  # one sample of each
+        asked = collate([samples[place] for place in prompts.values()])
+        rows = dict(zip(prompts, Outputs(self.model, asked, "teacher").log_softmax().numpy(), strict=True))
+        return [rows[sample.prompt_ids][list(sample.completion_ids)] for sample in samples], 0.0
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> WeightedNoise:
         return WeightedNoise(self.perturber.noise_sum(generation, pairs, weights), Costs())
 
 
-def test_minus_kl_leads_where_distillation_does(random_llama: Path, adapter: Path) -> None:
-    """With completions of one token, the divergence of the token is that of the sequence, and the gradient that OPD
-    takes of it is the whole one. Without noise of sampling, M mirrored pairs in D dimensions estimate its direction
-    with a cosine of sqrt(M / (M + D + 1)) on average. One of 0.5 is met by a direction that knows nothing of the
-    gradient, whose t statistic it gives, less than once in 1e4 tests.
-    """
+@pytest.fixture(scope="module")
+def one_token(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> OneToken:
+    """The teacher wears an adapter of the student's own space."""
     space = LoraSpace(linear_matrices(random_llama, ("v_proj",)), rank=1, alpha=2.0)
-    teacher = find_teacher(TeacherConfig(adapter=str(adapter)), random_llama)
-    model = GradientModel(random_llama, space, "float32", teacher=teacher)
-    center = random_center(space, 0.1)
-    prompts = [tuple(np.random.default_rng(seed).integers(3, 38, 5).tolist()) for seed in range(8)]
-    batch = [Problem(None, "", prompt) for prompt in prompts]
-    config = EsMethodConfig(
-        population=256, sigma=0.3, prompts=8, samples=32, temperature=1.0, shaping="per_prompt",
-        fitness="teacher", teacher=TeacherConfig(adapter=str(adapter)),
+    folder = tmp_path_factory.mktemp("near")
+    space.save(random_center(space, 1.0), folder, str(random_llama))
+    teacher = find_teacher(TeacherConfig(adapter=str(folder)), random_llama)
+    return OneToken(GradientModel(random_llama, space, "float32", teacher=teacher), space)
+
+
+PROMPTS = random_prompts(5, 5, 5, 5)
+
+
+def imitate(pool: OneToken, theta: Vector, generation: int, population: int, shaping: str) -> Vector:
+    """The direction of a generation."""
+    method = {"population": population, "prompts": 4, "samples": 32, "temperature": 1.0, "shaping": shaping}
+    config = EsMethodConfig(**method, fitness="teacher", teacher=TeacherConfig(adapter="near"))
+    es = EvolutionStrategies(config, chunk=32, sampling=Sampling(1, 32, 1.0), fitness=TeacherFitness(parameters=1))
+    batch = [Problem(Example(str(number), answer="", info={}), "", ids) for number, ids in enumerate(PROMPTS)]
+    direction = es.estimate(pool, theta, generation, batch, generation, sigma=0.3).direction
+    assert direction is not None
+    return direction
+
+
+def distil(pool: OneToken, theta: Vector) -> tuple[float, Vector]:
+    """The exact divergence, the mean over prompts, and the direction in which OPD brings it down."""
+    pool.model.set_theta(theta)
+    found = pool.model.gradient(ExactLoss(len(PROMPTS)), [Sample(prompt, (9,)) for prompt in PROMPTS])
+    return found.loss, -found.gradient
+
+
+def test_minus_kl_leads_where_distillation_does(one_token: OneToken) -> None:
+    """With completions of one token, the divergence of the token is that of the sequence, and OPD takes its whole
+    gradient. Without noise of sampling, M = 64 mirrored pairs in D = 64 dimensions would estimate it with a cosine of
+    about sqrt(M / (M + D + 1)) = 0.70; with it, 0.64 was measured. A direction that knows nothing of the gradient has a
+    cosine above 0.5 once in 1e5 tests (Student's t with D - 1 degrees of freedom).
+    """
+    theta, dim = one_token.space.start(), one_token.space.dim
+    _, gradient = distil(one_token, theta)
+    direction = imitate(one_token, theta, 0, population=128, shaping="per_prompt")
+    cosine = float(direction @ gradient / np.linalg.norm(direction) / np.linalg.norm(gradient))
+    assert stats.t.sf(0.5 * math.sqrt((dim - 1) / (1 - 0.5**2)), dim - 1) < 1.2e-5
+    assert 0.5 < cosine < 0.85
+
+
+def test_a_teacher_is_approached(one_token: OneToken) -> None:
+    theta = one_token.space.start()
+    before, _ = distil(one_token, theta)
+    for generation in range(1, 9):
+        theta = theta + 2 * imitate(one_token, theta, generation, population=32, shaping="zscore")
+    after, _ = distil(one_token, theta)
+    assert after < 0.6 * before
+
+
+# Runs
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    name = "adapter_model.safetensors"
+    return (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_references_become_likelier_and_replay_leads_there_again(random_llama: Path, tmp_path: Path) -> None:
+    """The same six in every generation."""
+    rows = [{"prompt": f"{number}+0=", "completion": f"{number}"} for number in range(6)]
+    method = (
+        REFERENCES
+        | {"data": write_rows(tmp_path / "rows.jsonl", rows), "population": 16, "sigma": "auto"}
+        | {"probe_sigmas": [0.03, 0.1]}
     )
-    es = EvolutionStrategies(
-        config, chunk=32, sampling=Sampling(1, 32, 1.0), fitness=TeacherFitness(teacher.parameters)
+    one, two = (
+        small_config(random_llama, method, optimizer={"lr": 0.1}, engine={"chunk": 4}, pool={"workers": workers})
+        for workers in (1, 2)
     )
-    for sigma in (0.1,0.3,1.0):
-        found = es.fitness.measure(OneToken(model, space), es.chunks(0, sigma), batch, center, 0)
-        pool = OneToken(model, space)
-        est = es.estimate(pool, center, 0, batch, 0, sigma)
-        model.set_theta(center)
-        gradient = -model.gradient(ExactLoss(8.0), [Sample(prompt, (9,)) for prompt in prompts]).gradient
-        d = est.direction
-        print(space.dim, sigma, d @ gradient / np.linalg.norm(d) / np.linalg.norm(gradient), np.linalg.norm(gradient), est.record["learning"])
-    assert 0
+    whole = train_here(one, tmp_path / "whole")
+    ledger = Ledger(whole / "ledger.jsonl")
+    nll = [line["learning"]["nll"] for line in ledger.generations]
+    assert nll[-1] < 0.9 * nll[0], nll
+    (calibration,) = ledger.of_kind("calibration")
+    assert calibration["center_mean"] == pytest.approx(-nll[0], rel=0.1)
+    assert calibration["costs"]["generated"] == 0 < calibration["costs"]["processed"]
+    assert_same_run(train_here(two, tmp_path / "two"), whole)
+    assert same_adapter(trainer.replay(whole, GENERATIONS), whole / "adapter")
+
+
+def test_imitation_resumed_or_replayed_leads_to_the_same_theta(
+    random_llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    method = imitation(adapter, population=4, prompts=2, sigma="auto", probe_pairs=1, probe_sigmas=[0.1, 0.3])
+    config = small_config(random_llama, method, engine={"chunk": 2}, pool={"workers": 2})
+    whole = train_here(config, tmp_path / "whole")
+    lines = Ledger(whole / "ledger.jsonl").lines
+    assert lines[0]["teacher"]
+    assert all(np.shape(line["fitness"]) == np.shape(line["rewards"]) == (4, 2) for line in lines[2:])
+    assert same_adapter(trainer.replay(whole, GENERATIONS), whole / "adapter")
+
+    cut = RunFolder(tmp_path / "cut")
+    cut.create(config)
+    for line in lines[:4]:  # the header, the calibration and two generations
+        cut.open_ledger().append(line)
+    cut.open_evaluations().append(Ledger(whole / "eval.jsonl").lines[0])
+    assert_same_run(resume_here(cut.path), whole)
+
+
+# Refusals
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence of a command line, in this process, that refuses its input with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["es-engine", *map(str, arguments)])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("es-engine: ")]
+    assert len(told) == 1
+    return told[0].removeprefix("es-engine: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (
+            {"kind": "opd", "teacher": {"model": "OTHER"}},
+            "method.teacher.model: its vocabulary is not that of the stud",
+        ),
+        (imitation(Path("x"), teacher={"model": "OTHER"}), "method.teacher.model: its vocabulary is not that of the s"),
+        ({"kind": "dpo", "data": "ROWS"}, "method.data: ROWS, line 1 has no `rejected`"),
+        ({"kind": "sft", "data": "ROWS"}, "method.data: ROWS, line 1 has no `completion`"),
+        (REFERENCES | {"data": "ROWS"}, "method.data: ROWS, line 1 has no `completion`"),
+        ({"kind": "grpo", "samples": 1}, "method.samples: got 1, accepted is an integer >= 2"),
+        ({"kind": "sft"}, "method.data: got null, and the task knows no solution of its first 32 problems; accepted"),
+        (REFERENCES, "method.data: got null, and the task knows no solution of its first 6 problems; accepted"),
+        (REFERENCES | {"samples": 2, "temperature": 1}, "method.temperature: got 1.0, accepted is 0 while fitness is"),
+    ],
+)
+def test_bad_input_ends_the_command_and_leaves_nothing(
+    method: dict[str, Any],
+    sentence: str,
+    random_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The task's problems have no solutions; the file's row is neither a demonstration nor a pair."""
+    build_random_model(tmp_path / "other", alphabet=ALPHABET.replace("p", "q"))
+    places = {
+        "OTHER": str(tmp_path / "other"),
+        "ROWS": write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+2=", "chosen": "3"}]),
+    }
+    unsolved = write_rows(tmp_path / "task.jsonl", [{"numbers": [number, 1], "target": 90} for number in range(1, 9)])
+    whole = small_config(random_llama, {"kind": "es"}, task={"data": unsolved}).model_dump(mode="json")
+    text = json.dumps(whole | {"method": method})
+    for name, place in places.items():
+        text, sentence = text.replace(name, place), sentence.replace(name, place)
+    (tmp_path / "config.yaml").write_text(text)
+    told = command(monkeypatch, capsys, "train", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+    assert told.startswith(sentence)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fitness", "axes", "sentence"),
+    [
+        ("teacher", {"engine": {"kind": "simulated"}}, "engine.kind: got .*, accepted is vllm or hf while method.fitn"),
+        ("references", {"task": {"kind": "guess"}}, "task.kind: got .*, accepted is a task of one turn while method.f"),
+        ("teacher", {"pool": {"tensor_parallel": 2}}, "pool.tensor_parallel: got 2, accepted is 1 while method.fitnes"),
+        ("references", {"budget": {"tokens": 9}}, "budget.tokens: got 9, .*, for es with fitness references generates"),
+    ],
+)
+def test_what_does_not_go_together(fitness: str, axes: dict[str, Any], sentence: str) -> None:
+    method = REFERENCES if fitness == "references" else imitation(Path("x"))
+    data = {"name": "x", "model": {"source": "x"}, "optimizer": {"lr": 1}, "task": {"kind": "countdown"}}
+    with pytest.raises(ConfigError, match=rf"\A{sentence}[^\n]*\Z"):
+        parse_config({**data, "budget": {"generations": 1}, "method": method, **axes})
