@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.fitness import TeacherFitness
 from es_engine.methods.opd import ExactLoss
 from es_engine.run_folder import RunFolder
-from es_engine.session import Materials
+from es_engine.session import Materials, gather
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Example, Score
 from workers.chunks import Chunk, ChunkResult, Outcome, Outcomes, Problem, Transcript, WeightedNoise, collect
@@ -261,11 +262,8 @@ def same_adapter(one: Path, other: Path) -> bool:
 def test_references_become_likelier_and_replay_leads_there_again(random_llama: Path, tmp_path: Path) -> None:
     """The same six in every generation."""
     rows = [{"prompt": f"{number}+0=", "completion": f"{number}"} for number in range(6)]
-    method = (
-        REFERENCES
-        | {"data": write_rows(tmp_path / "rows.jsonl", rows), "population": 16, "sigma": "auto"}
-        | {"probe_sigmas": [0.03, 0.1]}
-    )
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    method = REFERENCES | {"data": data, "population": 16, "sigma": "auto", "probe_sigmas": [0.03, 0.1]}
     one, two = (
         small_config(random_llama, method, optimizer={"lr": 0.1}, engine={"chunk": 4}, pool={"workers": workers})
         for workers in (1, 2)
@@ -355,6 +353,18 @@ def test_bad_input_ends_the_command_and_leaves_nothing(
     told = command(monkeypatch, capsys, "train", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
     assert told.startswith(sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_vllm_reads_references_that_leave_room_for_a_token(random_llama: Path, tmp_path: Path) -> None:
+    """16 tokens: 5 of the prompt, and an end of one."""
+    for length, fits in ((9, True), (10, False)):
+        data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "10+1=", "completion": "1" * length}])
+        whole = small_config(random_llama, REFERENCES | {"data": data}).model_dump(mode="json")
+        config = parse_config(whole | {"engine": {"kind": "vllm", "max_model_len": 16}})
+        with (
+            nullcontext() if fits else pytest.raises(ValueError, match=r"has 16 tokens with its completion, and .* 15")
+        ):
+            gather(config)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ class ReferenceFitness:
         version: int,
         upcoming: Sequence[Chunk] = (),
     ) -> Measured:
-        """One round of calls, in which members read the batch. The population's mean is minus the loss of SFT."""
+        """One round of calls, in which members read. Where all read the whole batch, a member's mean is minus the loss
+        that SFT has on it."""
         results = evaluate(pool, chunks, batch, theta, version, upcoming)
         lengths = [len(problem.reference) for problem in batch if problem.reference]
         fitness = _rewards(results) / np.mean(lengths) if lengths else _rewards(results)
