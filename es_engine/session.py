@@ -16,11 +16,13 @@ from es_engine.config import (
     GrpoMethodConfig,
     OpdMethodConfig,
     SftMethodConfig,
+    teacher_of,
 )
-from es_engine.methods import chunk_size
+from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
 from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.fitness import Fitness, ReferenceFitness, RewardFitness, TeacherFitness
 from es_engine.methods.grpo import Grpo
 from es_engine.methods.opd import Opd
 from es_engine.methods.sft import Sft, demonstrations
@@ -29,7 +31,7 @@ from es_engine.spaces.lora import LoraSpace
 from rewards.base import SingleTurnTask, Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
-from workers.completions import load_completions
+from workers.completions import Completions, load_completions
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
@@ -86,7 +88,8 @@ def gather(config: Config) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    teacher = find_teacher(config.method.teacher, model) if isinstance(config.method, OpdMethodConfig) else None
+    taught = teacher_of(config.method)
+    teacher = None if taught is None else find_teacher(taught, model)
     return Materials(config, task, model, space, _build_method(config, task, model, space, teacher), teacher)
 
 
@@ -96,7 +99,8 @@ def _build_method(config: Config, task: Task, model: Path, space: LoraSpace, tea
         chunk = config.engine.chunk
         if chunk == "auto":  # until it is settled
             chunk = chunk_size.most_slots(method.population, space)
-        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task))
+        fitness = _build_fitness(config, method, task, model, teacher)
+        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task), fitness=fitness)
     parameters = multiplying_parameters(model)
     updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
     if isinstance(method, GrpoMethodConfig):
@@ -105,11 +109,30 @@ def _build_method(config: Config, task: Task, model: Path, space: LoraSpace, tea
         assert teacher is not None
         sampled = sampling(config, task, method.samples, method.temperature)
         return Opd(method, sampled, updates, teacher.parameters)
-    completions = load_completions(model, task.stop, "task" if method.data is None else "method.data")
+    completions = _load_completions(model, task, method.data)
     if isinstance(method, SftMethodConfig):
-        source = demonstrations(method, config.seed, cast(SingleTurnTask, task), completions)
+        source = demonstrations(method.data, method.batch, config.seed, cast(SingleTurnTask, task), completions)
         return Sft(method, source, completions, updates)
     return Dpo(method, pairs(method, config.seed, _sampling_of(config, method, task), completions), updates)
+
+
+def _build_fitness(config: Config, method: EsMethodConfig, task: Task, model: Path, teacher: Teacher | None) -> Fitness:
+    if method.fitness == "teacher":
+        assert teacher is not None
+        return TeacherFitness(teacher.parameters)
+    if method.fitness == "references":
+        completions = _load_completions(model, task, method.data)
+        limit = getattr(config.engine, "max_model_len", None)
+        if limit is not None:  # vLLM reads a text only where there is room for one more token
+            completions = replace(completions, context=min(completions.context, limit) - 1)
+        size = population.batch_size(method)
+        source = demonstrations(method.data, size, config.seed, cast(SingleTurnTask, task), completions)
+        return ReferenceFitness(source, completions)
+    return RewardFitness()
+
+
+def _load_completions(model: Path, task: Task, data: str | None) -> Completions:
+    return load_completions(model, task.stop, "task" if data is None else "method.data")
 
 
 def _sampling_of(config: Config, method: EsMethodConfig | GrpoMethodConfig | DpoMethodConfig, task: Task) -> Sampling:
@@ -154,7 +177,7 @@ class Session:
             method,
             self.pool,
             self.pool.put(found.space.start()),
-            found.problems("train", range(method.batch_size)),
+            method.fitness.batch(range(method.batch_size), found.problems),
             sigma=sigma,
             slots=method.chunk,
             workers=len(self.pool.workers),

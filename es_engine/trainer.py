@@ -262,7 +262,7 @@ def _settle_sigma(session: Session, ledger: Ledger, state: State, telemetry: Tel
         return
     recorded = ledger.of_kind("calibration")
     if not recorded:
-        batch = session.materials.problems("train", range(method.config.prompts))
+        batch = method.fitness.batch(range(method.config.prompts), session.materials.problems)
         found = calibrate(method, session.pool, session.pool.put(state.theta), state.step, batch)
         ledger.append({"kind": "calibration", **found})
         recorded = ledger.of_kind("calibration")

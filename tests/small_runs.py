@@ -61,7 +61,8 @@ class LocalPool:
         canary = tuple(problem.prompt_ids for problem in materials.problems("heldout", range(2)))
         parameters = multiplying_parameters(materials.model)
         fingerprint, slots = materials.model_fingerprint, materials.method.slots
-        setup = WorkerSetup(materials.config, materials.space, fingerprint, canary, slots, parameters)
+        teacher = materials.teacher.fingerprint if materials.teacher else None
+        setup = WorkerSetup(materials.config, materials.space, fingerprint, canary, slots, parameters, teacher)
         self.workers = [Worker(setup, index, None) for index in range(workers)]
         for worker in self.workers:
             worker.start()

@@ -64,7 +64,7 @@ def rollouts(rewards: list[list[float]]) -> Rollouts:
         for number in range(2)
         for sample in range(3)
     ]
-    return Rollouts(problems, np.array(rewards), completions, [])
+    return Rollouts(problems, np.array(rewards), completions, [], 0.0, 0.0)
 
 
 def test_a_completions_advantage_is_its_rewards_place_in_its_group() -> None:

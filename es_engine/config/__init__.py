@@ -12,6 +12,8 @@ from es_engine.config.method import (
     OpdMethodConfig,
     SftMethodConfig,
     TeacherConfig,
+    teacher_of,
+    uses_torch,
 )
 from es_engine.config.model import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from es_engine.config.optimizer import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
@@ -83,4 +85,6 @@ __all__ = [
     "load_task",
     "parse_config",
     "task_kinds",
+    "teacher_of",
+    "uses_torch",
 ]

@@ -10,7 +10,7 @@ from es_engine.config.base import ConfigModel, Seed, problem
 from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.method import DpoMethodConfig, EsMethodConfig, MethodConfig, SftMethodConfig
+from es_engine.config.method import DpoMethodConfig, EsMethodConfig, MethodConfig, uses_torch
 from es_engine.config.model import ModelConfig, TinyModelConfig
 from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
@@ -58,26 +58,32 @@ class Config(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _gradients_have_a_model_and_one_turn(self) -> Self:
-        kind = self.method.kind
-        if kind == "es":
-            return self
+    def _what_is_learned_from_has_a_model_and_one_turn(self) -> Self:
+        method = self.method
+        source = f"method.kind is {method.kind}"
+        if isinstance(method, EsMethodConfig):
+            if method.fitness == "reward":
+                return self
+            source = f"method.fitness is {method.fitness}"
         if isinstance(self.engine, SimulatedEngineConfig):
-            raise problem("engine.kind", self.engine.kind, f"vllm or hf while method.kind is {kind}")
+            raise problem("engine.kind", self.engine.kind, f"vllm or hf while {source}")
         if isinstance(self.task, MultiTurnTaskConfig):
-            raise problem("task.kind", self.task.kind, f"a task of one turn while method.kind is {kind}")
-        if self.pool.tensor_parallel > 1:
-            raise problem("pool.tensor_parallel", self.pool.tensor_parallel, f"1 while method.kind is {kind}")
+            raise problem("task.kind", self.task.kind, f"a task of one turn while {source}")
+        if self.pool.tensor_parallel > 1 and uses_torch(method):
+            raise problem("pool.tensor_parallel", self.pool.tensor_parallel, f"1 while {source}")
         return self
 
     @model_validator(mode="after")
     def _the_budget_ends(self) -> Self:
         method, others = self.method, self.budget.model_dump(exclude={"tokens"}).values()
-        silent = isinstance(method, SftMethodConfig) or (
-            isinstance(method, DpoMethodConfig) and method.data is not None
-        )
-        if silent and all(limit is None for limit in others):
-            accepted = f"another limit beside it, for {method.kind} generates no tokens"
+        silent = {
+            "es": isinstance(method, EsMethodConfig) and method.fitness == "references",
+            "sft": True,
+            "dpo": isinstance(method, DpoMethodConfig) and method.data is not None,
+        }
+        if silent.get(method.kind, False) and all(limit is None for limit in others):
+            source = f"{method.kind} with fitness references" if method.kind == "es" else method.kind
+            accepted = f"another limit beside it, for {source} generates no tokens"
             raise problem("budget.tokens", self.budget.tokens, accepted)
         return self
 
