@@ -134,7 +134,9 @@ def resume_here(run: Path) -> Path:
 def train_and_kill(config: Config, run: Path, calls: int) -> Path:
     """Begin a run in a process that is killed (kill -9) in place of its so-manieth call of a worker; its folder."""
     path = write_config(config, run.with_name(f"{run.name}.yaml"))
-    done = subprocess.run([sys.executable, __file__, path, run, str(calls)], capture_output=True, check=False)
+    command = [sys.executable, __file__, path, run, str(calls)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: a sum in parts has other bits
+    done = subprocess.run(command, env=one_thread, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     return run
 
