@@ -229,7 +229,8 @@ class Session:
         _check_pool(config, self.materials.config)
         found = gather(config, self.materials.base)
         if found.base is not self.materials.base:
-            raise problem("model.source", str(found.model), f"{self.materials.model}, for runs on one pool share it")
+            accepted = "a model that does not depend on the task, for runs on one pool share it"
+            raise problem("model.kind", config.model.kind, accepted)
         return found
 
     def settle_chunk(self) -> None:
@@ -275,6 +276,6 @@ def _check_pool(config: Config, other: Config) -> None:
 
 
 def _shared(config: Config) -> dict[str, object]:
-    fields = dict(flat(config.model_dump(mode="json", include={"model", "pool", "engine", "space"})))
-    own = {"engine.chunk", *(name for name in fields if name.startswith("space."))} - {"space.rank", "space.targets"}
-    return {name: value for name, value in fields.items() if name not in own}
+    fields = dict(flat(config.model_dump(include={"model", "pool", "engine"})))
+    del fields["engine.chunk"]
+    return fields | {"space.rank": config.space.rank, "space.targets": config.space.targets}

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import LocalPool, es_engine, resume_here, small_config, train_and_kill, train_here, write_rows
+from small_runs import (
+    LocalPool,
+    es_engine,
+    resume_here,
+    small_config,
+    train_and_kill,
+    train_here,
+    write_config,
+    write_rows,
+)
 from test_runs import adapter_bytes, assert_same_run
 
 from es_engine import trainer
@@ -145,6 +154,17 @@ def test_kill_9_between_the_last_step_of_a_stage_and_its_evaluation(
     run = train_and_kill(config, tmp_path / "killed", calls=3)
     assert (len(ledger_of(run).stages), len(ledger_of(run).generations)) == (1, STEPS)
     assert_same_run(resume_here(run), undisturbed)
+
+
+@pytest.mark.ray
+def test_two_workers_on_ray_go_from_stage_to_stage_with_the_ledger_of_one_here(
+    undisturbed: Path, config: Config, tmp_path: Path
+) -> None:
+    path = write_config(config, tmp_path / "config.yaml")
+    done = es_engine("train", path, "--run-dir", tmp_path / "run", "--set", "pool.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert {line["restarts"] for line in ledger_of(tmp_path / "run").generations} == {0}
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_steps_of_es_are_replayed_from_where_gradients_have_left_theta(undisturbed: Path, tmp_path: Path) -> None:
