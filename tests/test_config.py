@@ -181,7 +181,7 @@ SENTENCES = {
     "seed=-1": "seed: got -1, accepted is an integer >= 0 and <= 9223372036854775807",
     "seed=9223372036854775808": "seed: got 9223372036854775808, accepted is an integer >= 0 and <= 9223372036854775807",
     "sede=1": "sede: unknown key, perhaps seed; accepted are name, seed, model, space, method, optimizer, task, pool, "
-    "engine, budget, evaluation, telemetry",
+    "engine, budget, stages, evaluation, telemetry",
     "telemetry.prometheus_port=70000": "telemetry.prometheus_port: got 70000, accepted is null or "
     "an integer >= 0 and <= 65535",
     "method.population": "override method.population: accepted is KEY=VALUE, such as method.population=64",

@@ -337,11 +337,12 @@ def test_another_teacher_than_the_runs_is_noticed(random_llama: Path, tmp_path: 
     ledger = RunFolder(tmp_path / "run")
     ledger.create(config)
     lines = ledger.open_ledger()
-    lines.append(trainer._header(materials, trainer._beginning(materials)))
-    trainer.restore(materials, ledger, lines)
+    stages = trainer.Stages(config, materials)
+    lines.append(trainer._header(stages, trainer._beginning(materials)))
+    trainer.restore(stages, ledger, lines)
     space.save(2 * center(space), tmp_path / "teacher", str(random_llama))
     with pytest.raises(ValueError, match=r"teacher is .* now, but was .* when the run began"):
-        trainer.restore(gather(config), ledger, lines)
+        trainer.restore(trainer.Stages(config), ledger, lines)
 
 
 # Refusals

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es_engine.config import Config, MultiTurnTaskConfig, teacher_of, uses_torch
+from es_engine.config import Config, MultiTurnTaskConfig, teacher_of
 from es_engine.costs import Costs, costs_of
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Score
@@ -38,6 +38,7 @@ from workers.prompts import Preparer, load_preparer
 from workers.scoring import open_scorer
 
 if TYPE_CHECKING:
+    from workers.canary import CanaryReport
     from workers.gradient import GradientModel, Loss, PartialGradient, Speaker
     from workers.samples import Sample
     from workers.teacher import Teacher
@@ -50,8 +51,10 @@ CPU_KV_CACHE_GIB = 1.0
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
     """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
-    `slots` the most members in a chunk, `parameters` those of the base model that multiply, `teacher` the teacher's
-    fingerprint where there is one."""
+    `parameters` those of the base model that multiply, `teacher` the teacher's fingerprint where there is one.
+
+    Of all runs that the pool is for, `slots` are the most members in a chunk, and `gradients` says whether any of them
+    takes gradients."""
 
     config: Config
     space: LoraSpace
@@ -60,6 +63,7 @@ class WorkerSetup:
     slots: int
     parameters: int
     teacher: str | None = None
+    gradients: bool = False
 
     @property
     def adapted_parameters(self) -> int:
@@ -89,13 +93,21 @@ class Worker:
         """
         self._model = model = _model_folder(self._setup)
         self._engine = build_engine(self._setup, model)
-        config = self._setup.config
-        task = config.task.build()
-        self._scorer: Any = open_scorer(config.task, task.verifier)
-        if isinstance(config.task, MultiTurnTaskConfig):
-            self._prepare = load_preparer(config, model, task.max_tokens)
+        self._open_task()
         report = _run_canary(self._engine, self._setup, model, with_reference=self._index == 0)
-        return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": report}
+        return self._described(report)
+
+    def assign(self, setup: WorkerSetup) -> dict[str, Any]:
+        """Serve another run from now on, on the engine that is there; what was known of thetas is forgotten, for
+        versions name those of one run. Says where the worker runs."""
+        before, self._setup = self._setup, setup
+        self.release_gradients()
+        self._center_version = -1
+        self._engine.assign(setup.space, setup.config.seed, _noise_cache_bytes(setup))
+        if setup.config.task != before.config.task:
+            self._scorer.close()
+            self._open_task()
+        return self._described()
 
     def evaluate(
         self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
@@ -168,6 +180,16 @@ class Worker:
             self._gradients.rest()
             self._gradients, self._gradients_version = None, -1
             self._engine.wake()
+
+    def _open_task(self) -> None:
+        config = self._setup.config
+        task = config.task.build()
+        self._scorer: Any = open_scorer(config.task, task.verifier)
+        games = isinstance(config.task, MultiTurnTaskConfig)
+        self._prepare = load_preparer(config, self._model, task.max_tokens) if games else None
+
+    def _described(self, canary: CanaryReport | None = None) -> dict[str, Any]:
+        return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": canary}
 
     def _gradients_at(self, theta: Vector | None, version: int) -> GradientModel:
         """The model that gradients are taken with, wearing theta; None leaves what it wears."""
@@ -253,7 +275,7 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
             block_size=engine.block_size,
             tensor_parallel=config.pool.tensor_parallel,
             enforce_eager=engine.enforce_eager,
-            rests=uses_torch(config.method),
+            rests=setup.gradients,
         ),
     )
 
@@ -285,7 +307,8 @@ def _noise_cache_bytes(setup: WorkerSetup) -> int:
     """As configured; or room for every pair of a generation and a chunk drawn ahead, as far as this worker's share of
     an eighth of the machine's memory goes."""
     config = setup.config
-    assert config.engine.kind != "simulated"
+    if config.engine.kind == "simulated":  # its noise is made up where it is needed
+        return 0
     if config.engine.noise_cache_gib is not None:
         return int(config.engine.noise_cache_gib * GIB)
     population = config.method.population if config.method.kind == "es" else 0

@@ -31,9 +31,6 @@ class HfEngine:
 
         self._model = load_peft_model(model, space, dtype, device)
         self._device = torch.device(device)
-        self._space = space
-        self._perturber = Perturber(run_seed, space.dim, cache_bytes)
-        self._thetas: list[Vector] = []
         self._tokenizer = load_tokenizer(model)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
@@ -42,6 +39,13 @@ class HfEngine:
         ends = self._model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._model.generation_config = GenerationConfig(eos_token_id=ends)
+        self.assign(space, run_seed, cache_bytes)
+
+    def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Hold members of another run from now on, in a space of the same matrices and rank."""
+        self._space = space
+        self._perturber = Perturber(run_seed, space.dim, cache_bytes)
+        self._thetas: list[Vector] = []
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""

@@ -23,6 +23,7 @@ from es_engine.config.reflection import FieldDoc, field_docs
 from es_engine.config.root import Config
 from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
+from es_engine.config.stage import StageConfig
 from es_engine.config.tasks import (
     ArcTaskConfig,
     ChatTaskConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "SgdConfig",
     "SimulatedEngineConfig",
     "SingleTurnTaskConfig",
+    "StageConfig",
     "SudokuTaskConfig",
     "TaskConfigModel",
     "TeacherConfig",
