@@ -17,12 +17,15 @@ from es_engine.config import (
     LoraSpaceConfig,
     OpdMethodConfig,
     SftMethodConfig,
+    teacher_of,
+    uses_torch,
 )
 from es_engine.config.base import flat, in_yaml, problem
-from es_engine.methods import chunk_size
+from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
 from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.fitness import Fitness, ReferenceFitness, RewardFitness, TeacherFitness
 from es_engine.methods.grpo import Grpo
 from es_engine.methods.opd import Opd
 from es_engine.methods.sft import Sft, demonstrations
@@ -32,7 +35,7 @@ from es_engine.spaces.lora import LoraSpace
 from rewards.base import SingleTurnTask, Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
-from workers.completions import load_completions
+from workers.completions import Completions, load_completions
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
@@ -123,7 +126,8 @@ def gather(config: Config, base: LocalModel | None = None) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    teacher = find_teacher(config.method.teacher, model) if isinstance(config.method, OpdMethodConfig) else None
+    taught = teacher_of(config.method)
+    teacher = None if taught is None else find_teacher(taught, model)
     return Materials(config, task, base, space, _build_method(config, task, base, space, teacher), teacher)
 
 
@@ -133,7 +137,8 @@ def _build_method(config: Config, task: Task, base: LocalModel, space: LoraSpace
         chunk = config.engine.chunk
         if chunk == "auto":  # until it is settled
             chunk = chunk_size.most_slots(method.population, space)
-        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task))
+        fitness = _build_fitness(config, method, task, base.folder, teacher)
+        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task), fitness=fitness)
     updates = Updates(method, space.dim, base.parameters, base.parameters + space.adapter_parameters)
     if isinstance(method, GrpoMethodConfig):
         return Grpo(method, _sampling_of(config, method, task), updates)
@@ -141,11 +146,30 @@ def _build_method(config: Config, task: Task, base: LocalModel, space: LoraSpace
         assert teacher is not None
         sampled = sampling(config, task, method.samples, method.temperature)
         return Opd(method, sampled, updates, teacher.parameters)
-    completions = load_completions(base.folder, task.stop, "task" if method.data is None else "method.data")
+    completions = _load_completions(base.folder, task, method.data)
     if isinstance(method, SftMethodConfig):
-        source = demonstrations(method, config.seed, cast(SingleTurnTask, task), completions)
+        source = demonstrations(method.data, method.batch, config.seed, cast(SingleTurnTask, task), completions)
         return Sft(method, source, completions, updates)
     return Dpo(method, pairs(method, config.seed, _sampling_of(config, method, task), completions), updates)
+
+
+def _build_fitness(config: Config, method: EsMethodConfig, task: Task, model: Path, teacher: Teacher | None) -> Fitness:
+    if method.fitness == "teacher":
+        assert teacher is not None
+        return TeacherFitness(teacher.parameters)
+    if method.fitness == "references":
+        completions = _load_completions(model, task, method.data)
+        limit = getattr(config.engine, "max_model_len", None)
+        if limit is not None:  # vLLM reads a text only where there is room for one more token
+            completions = replace(completions, context=min(completions.context, limit) - 1)
+        size = population.batch_size(method)
+        source = demonstrations(method.data, size, config.seed, cast(SingleTurnTask, task), completions)
+        return ReferenceFitness(source, completions)
+    return RewardFitness()
+
+
+def _load_completions(model: Path, task: Task, data: str | None) -> Completions:
+    return load_completions(model, task.stop, "task" if data is None else "method.data")
 
 
 def _sampling_of(config: Config, method: EsMethodConfig | GrpoMethodConfig | DpoMethodConfig, task: Task) -> Sampling:
@@ -171,7 +195,7 @@ class Needs:
 
 def needs(materials: Materials) -> Needs:
     """What a run needs of the engines of its pool."""
-    return Needs(materials.method.slots, materials.config.method.kind != "es")
+    return Needs(materials.method.slots, uses_torch(materials.config.method))
 
 
 def worker_setup(materials: Materials, needs: Needs) -> WorkerSetup:
@@ -237,7 +261,8 @@ class Session:
         _check_pool(config, self.materials.config)
         found = gather(config, self.materials.base)
         if found.base is not self.materials.base:
-            raise problem("model.source", str(found.model), f"{self.materials.model}, for runs on one pool share it")
+            accepted = "a model that does not depend on the task, for runs on one pool share it"
+            raise problem("model.kind", config.model.kind, accepted)
         return found
 
     def settle_chunk(self) -> None:
@@ -251,7 +276,7 @@ class Session:
             method,
             self.pool,
             self.pool.put(found.space.start()),
-            found.problems("train", range(method.batch_size)),
+            method.fitness.batch(range(method.batch_size), found.problems),
             sigma=sigma,
             slots=method.chunk,
             workers=len(self.pool.workers),
@@ -283,7 +308,6 @@ def _check_pool(config: Config, other: Config) -> None:
 
 
 def _shared(config: Config) -> dict[str, object]:
-    fields = dict(flat(config.model_dump(mode="json", include={"model", "pool", "engine", "space"})))
-    own = {"engine.chunk", *(name for name in fields if name.startswith(("space.", "model.lessons")))}
-    own -= {"space.rank", "space.targets"}
-    return {name: value for name, value in fields.items() if name not in own}
+    fields = dict(flat(config.model_dump(include={"model", "pool", "engine"}, exclude={"model": {"lessons"}})))
+    del fields["engine.chunk"]
+    return fields | {"space.rank": config.space.rank, "space.targets": config.space.targets}

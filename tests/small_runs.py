@@ -22,7 +22,6 @@ from workers.actor import Worker, WorkerSetup
 from workers.engine import Vector
 from workers.pool import Call
 
-ES_ENGINE = Path(sys.executable).with_name("es-engine")
 GENERATIONS = 4
 
 
@@ -102,12 +101,6 @@ def materials_of(model: Path, method: dict[str, Any], **axes: dict[str, Any]) ->
     return gather(small_config(model, method, **axes))
 
 
-def es_engine(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    command = [ES_ENGINE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 class SessionPool(LocalPool):
     """Such a pool as a session starts it."""
 
@@ -132,7 +125,9 @@ def resume_here(run: Path) -> Path:
 def train_and_kill(config: Config, run: Path, calls: int) -> Path:
     """Begin a run in a process that is killed (kill -9) in place of its so-manieth call of a worker; its folder."""
     path = write_config(config, run.with_name(f"{run.name}.yaml"))
-    done = subprocess.run([sys.executable, __file__, path, run, str(calls)], capture_output=True, check=False)
+    command = [sys.executable, __file__, path, run, str(calls)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: a sum in parts has other bits
+    done = subprocess.run(command, env=one_thread, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     return run
 

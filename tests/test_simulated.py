@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from es_engine.spaces.lora import LoraSpace
 from es_engine.trainer import train
 from workers import actor, simulated_engine
 from workers.actor import WorkerSetup
-from workers.chunks import Chunk
+from workers.chunks import Chunk, Problem
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.pool import Call
 from workers.simulated_engine import PATTERN, SimulatedEngine, SimulatedWorkers, decoding_seconds
@@ -227,8 +226,8 @@ def test_samples_share_their_prompt_and_sums_cost_seconds_alone(clock: Clock) ->
     )
 
 
-def simulated_problem(example: Any) -> Any:
-    return SimpleNamespace(example=example, prompt=example.prompt, prompt_ids=(1, 2, 3))
+def simulated_problem(example: Any) -> Problem:
+    return Problem(example, example.prompt, (1, 2, 3))
 
 
 # --- the update

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from es_engine.config import Config, MultiTurnTaskConfig
+import numpy as np
+
+from es_engine.config import Config, MultiTurnTaskConfig, teacher_of
 from es_engine.costs import Costs, costs_of
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Score
@@ -110,8 +112,8 @@ class Worker:
     def evaluate(
         self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
     ) -> ChunkResult:
-        """Generate and score a chunk around theta, shape (D,); `version` names theta, so that it is taken in only
-        once. `ahead` is the chunk that will probably be next."""
+        """Generate and score a chunk around theta, shape (D,), or score by references where the batch has them;
+        `version` names theta, so that it is taken in only once. `ahead` is the chunk that will probably be next."""
         started = time.perf_counter()
         if self._gradients is not None:
             self._gradients.rest()
@@ -201,6 +203,8 @@ class Worker:
         return self._gradients
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        if batch[0].reference is not None:
+            return self._read_references(chunk, batch)
         if self._prepare is None:
             return self._answer(chunk, batch)
         return games.play_chunk(self._engine, self._scorer, self._prepare, self._setup.config.seed, chunk, batch)
@@ -228,6 +232,21 @@ class Worker:
         waited = time.perf_counter() - generated
         outcomes = [_outcome(each, scores[each.request, each.sample]) for each in completions]
         return Outcomes(outcomes, sum(len(request.prompt_ids) for request in requests), waited)
+
+    def _read_references(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        """Score a chunk's members by the log-probabilities of the references, each the sum over its tokens."""
+        started = time.perf_counter()
+        asked = [(number, slot, batch[place]) for number, (slot, place) in enumerate(chunk.questions)]
+        given = [(number, slot, each.prompt_ids, each.reference) for number, slot, each in asked if each.reference]
+        requests = [Request(slot, prompt + reference) for _, slot, prompt, reference in given]
+        rows = self._engine.logprobs(requests) if requests else []
+        outcomes = [
+            Outcome(
+                number, 0, Score(float(row[len(prompt) - 1 :].sum(dtype=np.float64))), 0, False, False, Transcript("")
+            )
+            for (number, _, prompt, _), row in zip(given, rows, strict=True)
+        ]
+        return Outcomes(outcomes, sum(len(request.prompt_ids) for request in requests), time.perf_counter() - started)
 
 
 def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
@@ -275,10 +294,10 @@ def _teacher(setup: WorkerSetup, model: Path) -> Teacher | None:
     """This machine's copy of the teacher. Raises ValueError if it is not the driver's."""
     from workers.teacher import find_teacher
 
-    method = setup.config.method
-    if method.kind != "opd":
+    config = teacher_of(setup.config.method)
+    if config is None:
         return None
-    teacher = find_teacher(method.teacher, model)
+    teacher = find_teacher(config, model)
     if teacher.fingerprint != setup.teacher:
         raise ValueError("method.teacher: it differs on this node from the teacher that the run was started with")
     return teacher

@@ -68,7 +68,11 @@ class HfEngine:
     @torch.inference_mode()
     def logprobs(self, requests: Sequence[Request]) -> list[Vector]:
         """Log-probability of every prompt token but the first, shape (T-1,), for each request."""
-        return [self._logprobs(request) for request in requests]
+        found = []
+        for slot, group in groupby(requests, key=lambda request: request.slot):
+            with self._adapter(slot):
+                found += [self._token_logprobs(request.prompt_ids) for request in group]
+        return found
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
@@ -145,10 +149,6 @@ class HfEngine:
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _logprobs(self, request: Request) -> Vector:
-        with self._adapter(request.slot):
-            return self._token_logprobs(request.prompt_ids)
 
     def _token_logprobs(self, token_ids: Sequence[int]) -> Vector:
         """Log-probability of every token but the first, shape (T-1,), by the model as it is."""

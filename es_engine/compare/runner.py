@@ -22,7 +22,7 @@ from es_engine.config import ComparisonConfig, Config
 from es_engine.config.base import in_yaml
 from es_engine.run_folder import RunFolder, write_text
 from es_engine.session import Session
-from es_engine.trainer import Notices, begin, go_on, restore
+from es_engine.trainer import Notices, Stages, begin, go_on, present_stage, restore
 
 BASE = "base.json"
 """What the base model scores at the other tasks."""
@@ -63,9 +63,10 @@ def _until_done(comparison: ComparisonConfig, folder: Path) -> Iterator[Trial]:
 def _every_config(comparison: ComparisonConfig) -> list[Config]:
     """Everything that the pool may have to serve, apart from seeds."""
     return [
-        comparison.trial(run, number)
+        stage
         for run in comparison.runs
         for number in range(1, 1 + len(comparison.settings(run)))
+        for stage in comparison.trial(run, number).by_stage
     ]
 
 
@@ -76,19 +77,22 @@ def _title(comparison: ComparisonConfig, trial: Trial) -> str:
 
 
 def _train(session: Session, trial: Trial, folder: Path, notices: Notices) -> None:
-    """Train a trial to its end, from wherever it is; the session serves it then."""
-    run, stage = RunFolder(folder / trial.folder), trial.stage(folder)
-    # A run that has begun has its own config, with the chunk that was found for it.
-    session.turn_to(trial.config if stage == "absent" else run.load_config())
-    if stage == "absent":
-        begin(session, run, notices)
-    elif stage == "begun":
-        go_on(session, run, notices)
+    """Train a trial to its end, from wherever it is; the session serves its last stage then."""
+    run = RunFolder(folder / trial.folder)
+    match trial.stage(folder):
+        case "absent":
+            session.turn_to(trial.config.by_stage[0])
+            begin(session, trial.config, run, notices)
+        case "begun":
+            session.turn_to(present_stage(run))
+            go_on(session, run, notices)
+        case _:
+            session.turn_to(present_stage(run))
 
 
 def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folder: Path) -> None:
     run, config = RunFolder(folder / trial.folder), session.materials.config
-    theta = restore(session.materials, run, run.open_ledger()).theta
+    theta = restore(Stages(run.load_config(), session.materials), run, run.open_ledger()).theta
     before = _base_scores(session, comparison, config, folder / BASE)
     session.turn_to(config)
     write_measures(run.path, measure(session, comparison, theta, before))
