@@ -11,7 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from run_folders import SHARED, comparison_of
 
-from es_engine.config import ConfigError, dump_comparison, load_comparison, parse_comparison
+from es_engine.config import (
+    ConfigError,
+    SudokuTaskConfig,
+    TinyModelConfig,
+    dump_comparison,
+    load_comparison,
+    on_other_task,
+    parse_comparison,
+)
 from es_engine.config.loading import merge, nested
 
 GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
@@ -84,10 +92,18 @@ def test_what_is_no_fair_comparison_is_refused_by_the_place(fields: dict[str, An
     assert refusal(**fields).startswith(sentence)
 
 
-def test_another_task_must_suit_the_model() -> None:
-    run = {**SHARED, "model": {"kind": "tiny"}}
-    sentence = refusal(run=run, other_tasks={"grid": {"kind": "sudoku"}})
-    assert sentence == 'other_tasks.grid.kind: got "sudoku", accepted is countdown while model.kind is tiny'
+def test_another_task_must_suit_the_runs() -> None:
+    run = {**SHARED, "method": {"kind": "sft"}}
+    sentence = refusal(run=run, other_tasks={"game": {"kind": "guess"}})
+    assert sentence == 'other_tasks.game.kind: got "guess", accepted is a task of one turn while method.kind is sft'
+
+
+def test_another_task_leaves_the_tiny_model_what_it_was_taught() -> None:
+    config = comparison_of(run={**SHARED, "model": {"kind": "tiny"}}).final("es", {}, 1)
+    other = on_other_task(config, SudokuTaskConfig(template="plain"))
+    assert isinstance(other.model, TinyModelConfig)
+    assert other.task == SudokuTaskConfig(template="plain")
+    assert other.lessons == config.task
 
 
 def test_dump_loads_as_the_same_comparison_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,9 @@ def test_the_config_builds_the_task_and_leaves_hub_names_alone(tmp_path: Path) -
     hub = parse_config({**base, "task": {**task, "data": "hub:openai/gsm8k@main"}})
     assert isinstance(hub.task, MathTaskConfig)
     assert hub.task.data == "hub:openai/gsm8k@main"
-    with pytest.raises(ValueError, match=r"^task\.kind: got \"math\", accepted is countdown while model\.kind is tiny"):
+    with pytest.raises(
+        ValueError, match=r"^task\.kind: got \"math\", accepted is countdown or sudoku while model\.kind is tiny"
+    ):
         parse_config({**base, "model": {"kind": "tiny"}, "task": task})
 
 

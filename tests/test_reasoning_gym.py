@@ -240,7 +240,7 @@ def test_the_config_builds_the_task(tmp_path: Path) -> None:
     expected = ReasoningGym(dataset="chain_sum", config=config.config, seed=4)
     assert task.example("train", 3) == expected.example("train", 3)
     assert task.verifier == expected.verifier
-    with pytest.raises(ConfigError, match=r"accepted is countdown while model\.kind is tiny"):
+    with pytest.raises(ConfigError, match=r"accepted is countdown or sudoku while model\.kind is tiny"):
         load_config(path, ["model={kind: tiny}"])
     with pytest.raises(ConfigError, match=r"task\.dataset: got null, accepted is non-empty text"):
         load_config(path, ["task.dataset=null"])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_engine.config import ConfigError, SudokuTaskConfig, parse_config
+from es_engine.config import SudokuTaskConfig, parse_config
 from rewards.base import Rollout, Score, Split, VerifierSpec, as_score
 from rewards.problems import split_of_key, stream
 from rewards.sudoku import WEIGHTS, Sudoku, Template, read_answer, sudoku_verifier
@@ -562,8 +562,3 @@ def test_the_config_builds_the_task() -> None:
     assert isinstance(task, Sudoku)
     assert task.verifier == VerifierSpec("sudoku", {"form": "plain", "weights": {**WEIGHTS, "solved": 2.0}})
     assert len(task.example("train", 0).id) == 81
-
-
-def test_the_tiny_model_has_no_lessons_in_it() -> None:
-    with pytest.raises(ConfigError, match=r'^task\.kind: got "sudoku", accepted is countdown while model.kind is tiny'):
-        parse_config({**CONFIG, "model": {"kind": "tiny"}})

@@ -71,7 +71,8 @@ class SamplesConfig(ConfigModel):
 class ComparisonConfig(ConfigModel):
     """Several runs and what they share.
 
-    `run` and `runs` hold parts of configs as plain data: a run is its own part laid over the shared one.
+    `run` and `runs` hold parts of configs as plain data: a run is its own part laid over the shared one. Its seed is
+    also that of its space, unless the space has one: a method that samples nothing would be the same for all seeds.
     """
 
     name: Name = Field(description="Name of the comparison and, under comparisons/, of its folder.")
@@ -120,7 +121,7 @@ class ComparisonConfig(ConfigModel):
 
     def _config(self, run: str, setting: Setting, name: str, seed: int) -> Config:
         own = {key: value for key, value in self.runs[run].items() if key not in ("grid", "budget")}
-        tree = merge(self.run, own)
+        tree = merge({"space": {"seed": seed}}, merge(self.run, own))
         for key, value in setting.items():
             tree = merge(tree, nested(key, value))
         budget = self.budget.model_dump(exclude_none=True) | self.runs[run].get("budget", {})

@@ -1,0 +1,181 @@
+"""A whole comparison, and one that is stopped again and again: nothing is repeated, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from command_line import refusal
+from small_runs import LocalPool, SessionPool
+
+from es_engine import session
+from es_engine.compare.measures import read_measures
+from es_engine.compare.runner import compare
+from es_engine.config import ComparisonConfig, parse_comparison
+from es_engine.ledger import Ledger, first_difference
+from workers.pool import Call
+
+DIGITS = """
+def digits(rollout):
+    text = rollout.completion
+    return sum(character.isdigit() for character in text) / max(1, len(text))
+"""
+SPENT = {"seconds", "worker_seconds"}
+"""What two runs of the same comparison may differ in."""
+
+
+def comparison(model: Path, folder: Path, **changes: Any) -> ComparisonConfig:
+    verifier = folder / "verifier.py"
+    verifier.write_text(DIGITS)
+    task = {"kind": "countdown", "template": "plain", "max_tokens": 8, "verifier": f"{verifier}:digits"}
+    data: dict[str, Any] = {
+        "name": "small",
+        "run": {
+            "model": {"source": str(model)},
+            "space": {"rank": 4, "alpha": 8.0},
+            "task": {**task, "numbers": [2], "high": 9},
+            "pool": {"workers": 1},
+            "engine": {"kind": "hf", "dtype": "float32", "device": "cpu", "chunk": 4},
+            "evaluation": {"every": 1, "problems": 8, "chunk": 8},
+            "telemetry": {"console": False, "tensorboard": False},
+        },
+        "budget": {"generations": 2},
+        "seeds": [1, 2],
+        "tuning": {"problems": 4},
+        "runs": {
+            "es": {
+                "method": {"population": 4, "sigma": 0.1, "prompts": 4},
+                "optimizer": {"kind": "sgd"},
+                "grid": {"optimizer.lr": [0.5, 1.0]},
+            },
+            "sft": {
+                "method": {"kind": "sft", "batch": 4},
+                "optimizer": {"kind": "adam"},
+                "grid": {"optimizer.lr": [0.001, 0.05]},
+            },
+        },
+        "thresholds": [0.5],
+        "samples": {"n": 2},
+        "other_tasks": {"three": {**task, "numbers": [3]}},
+    }
+    return parse_comparison(data | changes)
+
+
+class Stopped(BaseException):
+    """As if the process had been killed."""
+
+
+def compare_here(chosen: ComparisonConfig, folder: Path, calls: int | None = None) -> int:
+    """Run a comparison without Ray, up to so many calls of workers; how many there were."""
+    made = 0
+    run_calls = LocalPool.run
+
+    def run_or_stop(pool: LocalPool, given: Sequence[Call]) -> list[Any]:
+        nonlocal made
+        if calls is not None and made + len(given) > calls:
+            raise Stopped
+        made += len(given)
+        return run_calls(pool, given)
+
+    with patch.object(session, "Pool", SessionPool), patch.object(LocalPool, "run", run_or_stop):
+        compare(chosen, folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def chosen(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+    return comparison(random_llama, tmp_path_factory.mktemp("verifier"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(chosen: ComparisonConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A comparison that nothing happened to, and the calls it took."""
+    folder = tmp_path_factory.mktemp("compare") / "undisturbed"
+    return folder, compare_here(chosen, folder)
+
+
+def comparable(data: Any) -> Any:
+    """Everything but seconds."""
+    if isinstance(data, dict):
+        return {key: comparable(value) for key, value in data.items() if key not in SPENT}
+    return [comparable(value) for value in data] if isinstance(data, list) else data
+
+
+def test_every_trial_and_final_run_is_there_and_measured(undisturbed: tuple[Path, int]) -> None:
+    folder, _ = undisturbed
+    assert {path.parent.name for path in folder.glob("tuning/*/trial-*")} == {"es", "sft"}
+    assert len(list(folder.glob("tuning/*/trial-*/adapter"))) == 4
+    finals = sorted(folder.glob("runs/*/seed-*"))
+    assert len(finals) == 4
+    for run in finals:
+        measures = read_measures(run)
+        assert measures.delta.absolute > 0
+        assert measures.kl is not None
+        assert measures.kl.per_token > 0
+        assert measures.kl.completions == 8
+        assert len(measures.other_tasks["three"].after.rewards) == 8
+    before = {str(read_measures(run).other_tasks["three"].before) for run in finals}
+    assert len(before) == 1
+    summary = json.loads((folder / "comparison.json").read_text())
+    assert summary["runs"]["es"]["figures"]["reward_final"]["mean"] == pytest.approx(
+        np.mean([Ledger(folder / f"runs/es/seed-{seed}/eval.jsonl").lines[-1]["reward"] for seed in (1, 2)])
+    )
+
+
+def test_seeds_differ_and_methods_start_from_the_same_model(undisturbed: tuple[Path, int]) -> None:
+    folder, _ = undisturbed
+    evaluations = {path.parent: Ledger(path).lines for path in folder.glob("runs/*/seed-*/eval.jsonl")}
+    assert len({lines[0]["reward"] for lines in evaluations.values()}) == 1
+    assert len({lines[-1]["theta"] for lines in evaluations.values()}) == len(evaluations)
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    chosen: ComparisonConfig, undisturbed: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """The same comparison, stopped after every 20 calls, and the calls it took."""
+    folder, total = tmp_path_factory.mktemp("compare") / "stopped", 0
+    for _ in range(100):
+        try:
+            total += compare_here(chosen, folder, calls=20)
+        except Stopped:
+            continue
+        break
+    return folder, total
+
+
+def test_stopped_at_any_time_it_comes_to_the_same_tables(
+    stopped: tuple[Path, int], undisturbed: tuple[Path, int]
+) -> None:
+    for run in [path.relative_to(undisturbed[0]).parent for path in undisturbed[0].rglob("ledger.jsonl")]:
+        assert first_difference(stopped[0] / run / "ledger.jsonl", undisturbed[0] / run / "ledger.jsonl") is None
+        mine, theirs = (Ledger(folder / run / "eval.jsonl").lines for folder in (stopped[0], undisturbed[0]))
+        assert [(line["step"], line["reward"]) for line in mine] == [(line["step"], line["reward"]) for line in theirs]
+    mine, theirs = (json.loads((each[0] / "comparison.json").read_text()) for each in (stopped, undisturbed))
+    assert comparable(mine) == comparable(theirs)
+
+
+def test_what_is_finished_is_not_run_again(chosen: ComparisonConfig, undisturbed: tuple[Path, int]) -> None:
+    folder, _ = undisturbed
+    tables = (folder / "comparison.md").read_bytes()
+    assert compare_here(chosen, folder, calls=0) == 0
+    assert (folder / "comparison.md").read_bytes() == tables
+
+
+def test_another_comparison_in_the_same_folder_is_refused(
+    undisturbed: tuple[Path, int], random_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="it holds another comparison"):
+        compare(comparison(random_llama, tmp_path), undisturbed[0])
+
+
+def test_a_bad_comparison_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("name: bad\nbudget: {generations: 1}\nruns: {es: {grid: {optimizer.lr: []}}}\n")
+    assert refusal("compare", "bad.yaml").startswith("runs.es.grid.optimizer.lr: got []")
+    assert not (tmp_path / "comparisons").exists()
