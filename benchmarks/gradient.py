@@ -36,6 +36,7 @@ from trl_trainers import KINDS, Kind, build_trainer
 
 from es_engine import load_config, losses, trainer
 from es_engine.config import DpoMethodConfig, GrpoMethodConfig, SftMethodConfig
+from es_engine.config.optimizer import AdamConfig
 from es_engine.ledger import Ledger
 from es_engine.methods.dpo import DpoLoss
 from es_engine.methods.grpo import GrpoLoss
@@ -189,7 +190,7 @@ class Ours:
         self._updates = Updates(config, materials.space.dim, parameters=0, adapted=0)
         self._pool = OneModel(GradientModel(materials.model, materials.space, "float32"))
         self._theta = materials.space.start()
-        self._optimizer = build_optimizer(load_config("configs/countdown_tiny.yaml", ADAM).optimizer, self._theta)
+        self._optimizer = build_optimizer(AdamConfig(lr=LR), self._theta)
 
     def step(self, samples: Sequence[Sample]) -> None:
         together = 2 if self._kind == "dpo" else 1
@@ -209,9 +210,6 @@ class Ours:
                 return DpoLoss(BETA, len(samples) // 2)
             case "grpo":
                 return GrpoLoss("dapo", (0.2, 0.2), 0.0, losses.policy_normaliser("dapo", lengths, 0), 1.0, None)
-
-
-ADAM = ("optimizer.kind=adam", f"optimizer.lr={LR}")
 
 
 # --- TRL's ---
@@ -305,8 +303,8 @@ def no_reward(completions: Sequence[str], **_: Any) -> list[float]:
 
 INPUTS = {"sft": sft_inputs, "dpo": dpo_inputs, "grpo": grpo_inputs}
 SETTINGS: dict[Kind, dict[str, Any]] = {
-    "sft": {},
-    "dpo": {"beta": BETA},
+    "sft": {"per_device_train_batch_size": 1},
+    "dpo": {"per_device_train_batch_size": 1, "beta": BETA},
     "grpo": {"beta": 0.0, "loss_type": "dapo", "num_generations": 2, "per_device_train_batch_size": 2},
 }
 ROWS: dict[Kind, list[dict[str, Any]]] = {  # which its trainers want to be made with
@@ -314,8 +312,6 @@ ROWS: dict[Kind, list[dict[str, Any]]] = {  # which its trainers want to be made
     "dpo": [{"prompt": "1", "chosen": "2", "rejected": "3"}],
     "grpo": [{"prompt": "1"}],
 }
-for method in KINDS[:2]:
-    SETTINGS[method]["per_device_train_batch_size"] = 1
 BUILDERS: dict[Side, Callable[[Materials, Kind], Ours | Theirs]] = {"ours": Ours, "TRL": Theirs}
 
 
@@ -367,8 +363,9 @@ class Timed:
 def shares(model: Model, repeats: int) -> list[Row]:
     """Median seconds of each phase over `repeats` steps of a run, after one to warm up."""
     method = f"{{kind: grpo, prompts: {model.prompts}, samples: 8, minibatches: 2}}"
-    overrides = [f"method={method}", *ADAM, "pool.workers=1", f"budget.generations={1 + repeats}"]
-    config = load_config(model.config[0], [*model.config[1:], *overrides, "space.train=AB", "telemetry.console=false"])
+    budget = ["pool.workers=1", f"budget.generations={1 + repeats}", "telemetry.console=false"]
+    overrides = [f"method={method}", f"optimizer={{kind: adam, lr: {LR}}}", "space.train=AB", *budget]
+    config = load_config(model.config[0], [*model.config[1:], *overrides])
     found = []
     with (
         tempfile.TemporaryDirectory() as folder,

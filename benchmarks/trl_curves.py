@@ -14,9 +14,10 @@ advantages over their group's standard deviation, one update a step, clip 0.2, n
 correction, since TRL draws its completions with the very model it trains (here with transformers). Ours come from vLLM.
 
 What is reported are greedy answers to the same held-out problems by the same engine, all adapters in one session; the
-difference is over seeds, in pairs, with its 95% interval (Student's t). Adapters and accuracies are kept as they are
-found, in the folder called as the JSON file (without one: runs/trl_curves), and a run that was stopped goes on from
-there. `--repeats` is the number of seeds.
+difference is over seeds, in pairs, with its 95% interval (Student's t). "apart" is how far the two thetas end from each
+other, over how far ours has moved: of SFT and DPO, in which nothing is drawn, it should be rounding alone. Adapters and
+accuracies are kept as they are found, in the folder called as the JSON file (without one: runs/trl_curves), so that a
+run that was stopped goes on from there; a finished one leaves its report only. `--repeats` is the number of seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -97,7 +99,11 @@ def main() -> None:
             bench.train(cell)
             CONSOLE.print(f"{number}/{len(everything)} {cell.name}: {time.perf_counter() - started:.0f} s")
     accuracy = bench.accuracies(everything)
-    rows = [row(method, rate, accuracy, plan) for method in KINDS for rate in plan.rates]
+    rows = [
+        row(method, rate, accuracy, plan) | {"apart": bench.apart(method, rate)}
+        for method in KINDS
+        for rate in plan.rates
+    ]
     report(f"Held-out accuracy after {plan.steps} steps of {plan.batch}, from {bench.base_accuracy():.3f}", rows, given)
     best = replace(given, json=given.json and given.json.with_stem(f"{given.json.stem}-best"))
     report("Each at its best rate", [best_row(method, accuracy, plan) for method in KINDS], best)
@@ -108,6 +114,7 @@ def main() -> None:
             for side in SIDES
         }
         draw(given.plot, "Beside TRL's trainers", "learning rate", "held-out accuracy", lines, log_x=True)
+    bench.forget()
 
 
 def folder_of(given: Options, plan: Plan) -> Path:
@@ -189,6 +196,19 @@ class Bench:
             self._train_ours(cell)
         else:
             self._train_theirs(cell)
+
+    def apart(self, method: Kind, rate: float) -> float:
+        """How far both sides' thetas end from each other, over how far ours has moved; the mean over seeds."""
+        found = []
+        for seed in range(self._plan.seeds):
+            start = gather(self.config_of(Cell(method, rate, seed, "ours"))).space
+            ours, theirs = (worn(start, self.adapter(Cell(method, rate, seed, side))).start() for side in SIDES)
+            found.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(ours - start.start())))
+        return _mean(found)
+
+    def forget(self) -> None:
+        """Have the next run begin anew."""
+        shutil.rmtree(self._folder)
 
     # --- What is learned ---
 

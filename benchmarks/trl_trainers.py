@@ -1,36 +1,19 @@
 """TRL's own trainers for a model, its adapter as a run begins it: what `gradient.py` and `trl_curves.py` compare with.
 
-TRL imports vLLM where it finds it, which takes a minute; here its completions are drawn with transformers. Of TRL's
-defaults the ones changed are those in which a run differs: float32 throughout, no gradient checkpointing, no dropout,
-no weight decay, a constant learning rate, and rows in the order they are given in.
+Of TRL's defaults those are changed in which a run differs: float32 throughout, no gradient checkpointing, no weight
+decay, a constant learning rate, and rows in the order they are given in.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-import torch
-from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
-
 from es_engine.spaces.lora import LoraSpace
-from workers.peft_model import put_on
-
-with patch.object(import_module("trl.import_utils"), "is_vllm_available", lambda min_version=None: False):
-    trl: Any = import_module("trl")
-    TRAINERS = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig),
-        "dpo": (trl.DPOTrainer, trl.DPOConfig),
-        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-    }
 
 Kind = Literal["sft", "dpo", "grpo"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "grpo")
@@ -39,9 +22,6 @@ IN_ORDER: dict[Kind, dict[str, Any]] = {
     "dpo": {"train_sampling_strategy": "sequential"},
     "grpo": {"shuffle_dataset": False},
 }
-
-disable_progress_bars()
-disable_progress_bar()
 
 
 def build_trainer(
@@ -59,11 +39,17 @@ def build_trainer(
 
     `end` is the token that ends a completion, None the tokenizer's own; `reward` is GRPO's.
     """
-    trainer, config = TRAINERS[kind]
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+    from workers.peft_model import put_on
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     if end is not None:
         tokenizer.eos_token = end
-    arguments = config(
+    arguments = getattr(_trl(), f"{kind.upper()}Config")(
         output_dir=str(out),
         use_cpu=True,
         bf16=False,
@@ -83,7 +69,7 @@ def build_trainer(
         target_modules=[matrix.name for matrix in space.matrices],
         task_type="CAUSAL_LM",
     )
-    made = trainer(
+    trainer = getattr(_trl(), f"{kind.upper()}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -91,5 +77,23 @@ def build_trainer(
         peft_config=lora,
         **({"reward_funcs": reward} if kind == "grpo" else {}),
     )
-    put_on(made.model, space, space.start())
-    return made
+    trainer.remove_callback(PrinterCallback)
+    put_on(trainer.model, space, space.start())
+    return trainer
+
+
+@cache
+def _trl() -> Any:
+    """The library, kept from importing vLLM, which takes a minute and is for generation alone, and from talking."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with patch.object(import_module("trl.import_utils"), "is_vllm_available", lambda min_version=None: False):
+        trl: Any = import_module("trl")
+        for kind in KINDS:  # each is imported when it is first asked for
+            getattr(trl, f"{kind.upper()}Trainer")
+    return trl
