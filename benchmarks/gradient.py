@@ -6,26 +6,29 @@ shortened to `max_norm`, and a step of theta, which the model then wears. TRL is
 the same tokens, ready as tensors, and then what its loop does: the gradients' norm clipped, AdamW without decay, the
 gradients dropped. Both have the same float32 model and LoRA, both factors trained, and take turns in one process;
 "apart" is how far they end from each other, over how far they moved. DPO's reference is in both the model without its
-adapter, whose log-probabilities are part of the step. Memory is what a process of its own needs for one step at its
-peak, above what it had before it, after a step on two rows.
+adapter, whose log-probabilities are part of the step. Memory is of one further step: the tensors that it makes, at
+their peak, by torch's own count, and at its own peak what else Python allocates, such as theta's vectors; the weights
+and the optimizer's moments, which both have before it, are not in it.
 
 The last table is a run's own loop with one worker, from one step's end to the next one's: its rollouts (vLLM, with
-scoring), log-probabilities, which two updates a step need, and gradients (forward and backward), each with its way
-through Ray; the rest is the driver's. The short form has fewer rows and steps.
+scoring), log-probabilities, which two updates a step need, and gradients, each with its way through Ray; the rest is
+the driver's. Gradients are forward and backward passes over the samples of which log-probabilities are the forward
+pass, so that backward is about the difference. The short form has fewer rows and steps.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -107,12 +110,12 @@ def steps(model: Model, repeats: int) -> list[Row]:
 
 
 def step(model: Model, kind: Kind, repeats: int) -> Row:
-    memory = {side: peak_memory(side, model, kind) for side in SIDES}
     materials, samples = gathered(model), samples_of(model, kind)
     sides = {side: BUILDERS[side](materials, kind) for side in SIDES}
     timings = take_turns({side: partial(built.step, samples) for side, built in sides.items()}, repeats)
     ratio = timings["ours"].over(timings["TRL"])
     low, high = ratio.quartiles
+    memory = {side: peak_memory(partial(built.step, samples)) for side, built in sides.items()}
     ours, theirs = (sides[side].theta() for side in SIDES)
     return {
         "model": model.name,
@@ -318,26 +321,19 @@ BUILDERS: dict[Side, Callable[[Materials, Kind], Ours | Theirs]] = {"ours": Ours
 # --- Memory ---
 
 
-def peak_memory(side: Side, model: Model, kind: Kind) -> float:
-    """Megabytes that a process of its own needs for a step at its peak, above what it had before."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
-        return child.submit(_grown_by, side, model, kind).result()
-
-
-def _grown_by(side: Side, model: Model, kind: Kind) -> float:
-    torch.set_num_threads(1)
-    samples = samples_of(model, kind)
-    built = BUILDERS[side](gathered(model), kind)
-    built.step(samples[:2])  # what the libraries and the optimizer take on first use is not this step's
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _memory("VmRSS")
-    built.step(samples)
-    return _memory("VmHWM") - before
-
-
-def _memory(line: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(each.split()[1] for each in lines if each.startswith(f"{line}:"))) * 1024 / 1e6
+def peak_memory(work: Callable[[], None]) -> float:
+    """Megabytes of tensors that some work makes, at their peak, and of Python's other memory, at its own."""
+    tracemalloc.start()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    _, others = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return float(max(accumulate(size for _, size in changes)) + others) / 1e6
 
 
 # --- A whole step of GRPO ---

@@ -43,9 +43,14 @@ def _base(model: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
+def adapted_layer(model: Any, matrix: str) -> Any:
+    """PEFT's layer over a matrix, by the matrix's name in the base model."""
+    return model.get_submodule(f"base_model.model.{matrix}")
+
+
 def factor_weight(model: Any, matrix: str, factor: Factor) -> torch.nn.Parameter:
     """The adapter's A (r, in) or B (out, r) of a matrix, by the matrix's name in the base model."""
-    layer = model.get_submodule(f"base_model.model.{matrix}")
+    layer = adapted_layer(model, matrix)
     return (layer.lora_A if factor == "A" else layer.lora_B)["default"].weight
 
 
