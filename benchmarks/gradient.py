@@ -19,6 +19,7 @@ pass, so that backward is about the difference. The short form has fewer rows an
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -88,7 +89,7 @@ def main() -> None:
     given = options(__doc__.splitlines()[0])
     torch.set_num_threads(1)
     models = SHORT if given.short else MODELS
-    rows = [row for model in models for row in steps(model, given.repeats)]
+    rows = [step(model, kind, given.repeats) for model in models for kind in KINDS]
     report("A training step, one thread, float32", rows, given)
     phases = replace(given, json=given.json and given.json.with_stem(f"{given.json.stem}-phases"))
     repeats = min(3, given.repeats) if given.short else given.repeats
@@ -104,12 +105,8 @@ def _bars(rows: Sequence[Row], model: str) -> dict[str, float]:
     return times | {f"{row['method']} memory": row["ours, MB"] / row["TRL, MB"] for row in mine}
 
 
-def steps(model: Model, repeats: int) -> list[Row]:
-    """Every method's step in turns, ours and TRL's."""
-    return [step(model, kind, repeats) for kind in KINDS]
-
-
 def step(model: Model, kind: Kind, repeats: int) -> Row:
+    """A method's step in turns, ours and TRL's."""
     materials, samples = gathered(model), samples_of(model, kind)
     sides = {side: BUILDERS[side](materials, kind) for side in SIDES}
     timings = take_turns({side: partial(built.step, samples) for side, built in sides.items()}, repeats)
@@ -323,6 +320,7 @@ BUILDERS: dict[Side, Callable[[Materials, Kind], Ours | Theirs]] = {"ours": Ours
 
 def peak_memory(work: Callable[[], None]) -> float:
     """Megabytes of tensors that some work makes, at their peak, and of Python's other memory, at its own."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's, which else says when it starts and stops
     tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
