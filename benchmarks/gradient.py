@@ -28,7 +28,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -107,12 +106,13 @@ def _bars(rows: Sequence[Row], model: str) -> dict[str, float]:
 
 def step(model: Model, kind: Kind, repeats: int) -> Row:
     """A method's step in turns, ours and TRL's."""
-    materials, samples = gathered(model), samples_of(model, kind)
-    sides = {side: BUILDERS[side](materials, kind) for side in SIDES}
-    timings = take_turns({side: partial(built.step, samples) for side, built in sides.items()}, repeats)
+    materials = gather(load_config(model.config[0], [*model.config[1:], "space.train=AB", "space.units=raw"]))
+    samples = samples_of(materials, kind, model.rows)
+    sides = {side: BUILDERS[side](materials, kind, samples) for side in SIDES}
+    timings = take_turns({side: built.step for side, built in sides.items()}, repeats)
     ratio = timings["ours"].over(timings["TRL"])
     low, high = ratio.quartiles
-    memory = {side: peak_memory(partial(built.step, samples)) for side, built in sides.items()}
+    memory = {side: peak_memory(built.step) for side, built in sides.items()}
     ours, theirs = (sides[side].theta() for side in SIDES)
     return {
         "model": model.name,
@@ -132,22 +132,17 @@ def step(model: Model, kind: Kind, repeats: int) -> Row:
 # --- The same work for both ---
 
 
-def gathered(model: Model) -> Materials:
-    return gather(load_config(model.config[0], [*model.config[1:], "space.train=AB", "space.units=raw"]))
-
-
-def samples_of(model: Model, kind: Kind) -> list[Sample]:
+def samples_of(materials: Materials, kind: Kind, rows: int) -> list[Sample]:
     """Worked solutions, each beside its own prompt (sft), first its own and then another's (dpo), or a group of its
     own and others' with advantages (grpo)."""
-    materials = gathered(model)
     task = cast(SingleTurnTask, materials.task)
     each = {"sft": 1, "dpo": 2, "grpo": GROUP}[kind]
-    problems = materials.problems("train", range(model.rows))
+    problems = materials.problems("train", range(rows))
     solutions = [task.worked_solution(problem.example) for problem in problems]
     completions = load_completions(materials.model, task.stop, "task")
     samples = [
         completions.sample(problems[row // each], solutions[(row // each + row % each) % len(solutions)])
-        for row in range(model.rows)
+        for row in range(rows)
     ]
     if kind != "grpo":
         return samples
@@ -183,33 +178,34 @@ class OneModel:
 class Ours:
     """The engine's training step."""
 
-    def __init__(self, materials: Materials, kind: Kind) -> None:
+    def __init__(self, materials: Materials, kind: Kind, samples: Sequence[Sample]) -> None:
         method = {"sft": SftMethodConfig, "dpo": DpoMethodConfig, "grpo": GrpoMethodConfig}[kind]
         config = method(micro_batch_tokens=WHOLE, max_norm=MAX_NORM)
-        self._kind = kind
+        self._samples, self._loss = samples, loss_of(kind, samples)
+        self._together = 2 if kind == "dpo" else 1
         self._updates = Updates(config, materials.space.dim, parameters=0, adapted=0)
         self._pool = OneModel(GradientModel(materials.model, materials.space, "float32"))
         self._theta = materials.space.start()
         self._optimizer = build_optimizer(AdamConfig(lr=LR), self._theta)
 
-    def step(self, samples: Sequence[Sample]) -> None:
-        together = 2 if self._kind == "dpo" else 1
-        found = self._updates.gradient(self._pool, self._loss(samples), samples, self._theta, 0, together=together)
+    def step(self) -> None:
+        found = self._updates.gradient(self._pool, self._loss, self._samples, self._theta, 0, together=self._together)
         self._theta = self._optimizer.step(self._theta, -found.gradient, LR)
 
     def theta(self) -> Vector:
         """Shape (D,)."""
         return self._theta
 
-    def _loss(self, samples: Sequence[Sample]) -> Loss:
-        lengths = [len(sample.completion_ids) for sample in samples]
-        match self._kind:
-            case "sft":
-                return SftLoss(sum(lengths))
-            case "dpo":
-                return DpoLoss(BETA, len(samples) // 2)
-            case "grpo":
-                return GrpoLoss("dapo", (0.2, 0.2), 0.0, losses.policy_normaliser("dapo", lengths, 0), 1.0, None)
+
+def loss_of(kind: Kind, samples: Sequence[Sample]) -> Loss:
+    lengths = [len(sample.completion_ids) for sample in samples]
+    match kind:
+        case "sft":
+            return SftLoss(sum(lengths))
+        case "dpo":
+            return DpoLoss(BETA, len(samples) // 2)
+        case "grpo":
+            return GrpoLoss("dapo", (0.2, 0.2), 0.0, losses.policy_normaliser("dapo", lengths, 0), 1.0, None)
 
 
 # --- TRL's ---
@@ -218,8 +214,8 @@ class Ours:
 class Theirs:
     """TRL's training step."""
 
-    def __init__(self, materials: Materials, kind: Kind) -> None:
-        self._space, self._kind = materials.space, kind
+    def __init__(self, materials: Materials, kind: Kind, samples: Sequence[Sample]) -> None:
+        self._space = materials.space
         with tempfile.TemporaryDirectory() as folder:
             self._trainer = build_trainer(
                 kind,
@@ -235,11 +231,12 @@ class Theirs:
         self._trainer.current_gradient_accumulation_steps = 1
         if kind == "grpo":  # which would draw completions here
             self._trainer._prepare_inputs = lambda inputs: inputs
-        self._inputs: tuple[Sequence[Sample], dict[str, torch.Tensor]] = ((), {})
+        self._inputs = INPUTS[kind](samples, self._trainer)
+        self._tokens = sum(len(sample.completion_ids) for sample in samples)
 
-    def step(self, samples: Sequence[Sample]) -> None:
+    def step(self) -> None:
         trl, model = self._trainer, self._trainer.model
-        trl.training_step(model, dict(self._ready(samples)), sum(len(sample.completion_ids) for sample in samples))
+        trl.training_step(model, dict(self._inputs), self._tokens)
         trl.accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
         trl.optimizer.step()
         model.zero_grad()
@@ -249,12 +246,6 @@ class Theirs:
         places = self._space.placements
         found = [factor_weight(self._trainer.model, place.matrix.name, place.factor) for place in places]
         return torch.cat([factor.detach().flatten() for factor in found]).numpy()
-
-    def _ready(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """TRL's inputs, made once for the same samples."""
-        if self._inputs[0] is not samples:
-            self._inputs = samples, INPUTS[self._kind](samples, self._trainer)
-        return self._inputs[1]
 
 
 def sft_inputs(samples: Sequence[Sample], trl: Any) -> dict[str, torch.Tensor]:
@@ -312,7 +303,7 @@ ROWS: dict[Kind, list[dict[str, Any]]] = {  # which its trainers want to be made
     "dpo": [{"prompt": "1", "chosen": "2", "rejected": "3"}],
     "grpo": [{"prompt": "1"}],
 }
-BUILDERS: dict[Side, Callable[[Materials, Kind], Ours | Theirs]] = {"ours": Ours, "TRL": Theirs}
+BUILDERS: dict[Side, Callable[[Materials, Kind, Sequence[Sample]], Ours | Theirs]] = {"ours": Ours, "TRL": Theirs}
 
 
 # --- Memory ---
