@@ -23,6 +23,7 @@ from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
+from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
 from es_engine.session import Materials, Session, gather, sampling
@@ -56,6 +57,7 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
         state = _beginning(session.materials)
         ledger.append(_header(session.materials, state))
         _run(session, folder, ledger, state, notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 
@@ -73,6 +75,7 @@ def resume(run_dir: Path | str) -> Run:
         if not ledger.lines:
             ledger.append(_header(session.materials, state))
         _run(session, folder, ledger, state, notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 
