@@ -160,8 +160,8 @@ def report(
     if not found:
         raise ValueError(f"{runs[0]}: neither a run folder nor a folder of them")
     target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
-    title = found[0].resolve().name if len(found) == 1 else f"{len(found)} runs"
-    write_report(target, group_runs([read_run(run) for run in found]), title=title, over=over, pngs=png)
+    groups = group_runs([read_run(run) for run in found])
+    write_report(target, groups, title=", ".join(group.label for group in groups), over=over, pngs=png)
     typer.echo(target)
 
 
@@ -175,8 +175,8 @@ def watch(
     from es_engine.report.watch import WatchServer
 
     with WatchServer(runs, host, port) as server:
-        typer.echo(f"watching at {server.url}")
         try:
+            typer.echo(f"watching at {server.url}")
             server.serve_forever()
         except _Interrupted:
             typer.echo("stopped watching; the runs go on")

@@ -12,6 +12,8 @@
   const MARKED_POINTS = 14;
   const TABLE_POINTS = 50;
   const POLL_MS = 2000;
+  const SHORT_CELL = 28;
+  const SHORT_ANSWER = 80;
   const SHORT_PROMPT = 400;
   const LONG_TEXT = 800;
   const INVISIBLE = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\u2028\u2029]/gu;
@@ -77,7 +79,8 @@
     const body = rows.map((row) => el("tr", {}, ...row.map((cell, place) => {
       const shown = typeof cell === "string" ? visible(cell) : number(cell);
       if (place === 0) return el("th", { scope: "row" }, shown);
-      return el("td", { class: numeric[place] ? "number" : "text" }, shown);
+      const kind = numeric[place] ? "number" : String(cell ?? "").length <= SHORT_CELL ? "short" : "text";
+      return el("td", { class: kind }, shown);
     })));
     const table = el("table", {}, el("thead", {}, head), el("tbody", {}, ...body));
     return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
@@ -391,6 +394,13 @@
     return el("pre", { dir: "auto", ...long }, text ? visible(text) : el("span", { class: "invisible" }, "empty"));
   }
 
+  /** A text under its name, or beside it where it is short. */
+  function labelled(name, text) {
+    const short = text.length <= SHORT_ANSWER && !text.includes("\n");
+    if (short) return [el("p", { class: "label" }, `${name} `, el("code", { dir: "auto" }, visible(text)))];
+    return [el("p", { class: "label" }, name), textBlock(text)];
+  }
+
   function sideOf(name, step, row) {
     const side = el("div", {}, el("h4", {}, `${name} (step ${step})`));
     if (!row) {
@@ -400,7 +410,7 @@
     const scores = [["reward", row.reward], ["accuracy", row.accuracy], ...Object.entries(row.components), ["tokens", row.tokens]];
     side.append(el("dl", { class: "scores" }, ...scores.map(([part, value]) =>
       el("div", {}, el("dt", {}, visible(part)), el("dd", {}, number(value))))), textBlock(row.completion));
-    if (row.notes) side.append(el("p", { class: "label" }, "Notes of the verifier"), textBlock(row.notes));
+    if (row.notes) side.append(...labelled("Notes of the verifier", row.notes));
     return side;
   }
 
@@ -418,7 +428,7 @@
     details.open = prompt.length <= SHORT_PROMPT;
     const made = el("article", { class: "sample", "aria-label": `Problem ${pair.key}` },
       el("div", { class: "head" }, el("h3", {}, visible(pair.key)), changeOf(pair)), details);
-    if (answer) made.append(el("p", { class: "label" }, "Expected answer"), textBlock(answer));
+    if (answer) made.append(...labelled("Expected answer", answer));
     const [before, after] = ["sample-before", "sample-after"].map((id) => byId(id).value);
     made.append(el("div", { class: "sides" },
       ...(before === after ? [] : [sideOf("Before", before, pair.before)]),

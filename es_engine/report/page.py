@@ -143,12 +143,10 @@ def usual_axis(groups: Sequence[RunGroup]) -> str:
 
 def summary(groups: Sequence[RunGroup]) -> Table:
     """A line for each group: where it began, where it is, and what that cost; means over its seeds."""
-    columns = ["Run", "Method", "Seeds", "Steps", "Accuracy before", "Accuracy after", "Reward before", "Reward after"]
-    columns += ["Best reward", *(AXES[measure] for measure in MEASURES), "Without a score", "State"]
+    columns = ["Run", "Method", "Seeds", "Steps", "Accuracy", "Reward", *(AXES[measure] for measure in MEASURES)]
+    columns += ["Without a score", "State"]
     rows: list[list[Cell]] = []
     for group in groups:
-        ends = [_ends(run) for run in group.runs]
-        spent = [_mean([float(run.spent[measure][-1]) for run in group.runs]) for measure in MEASURES]
         unfinished = sum(not run.finished for run in group.runs)
         rows.append(
             [
@@ -156,16 +154,17 @@ def summary(groups: Sequence[RunGroup]) -> Table:
                 ", ".join(dict.fromkeys(run.method for run in group.runs)),
                 len(group.runs),
                 _mean([run.steps for run in group.runs]),
-                *(_mean([end[column] for end in ends]) for column in range(5)),
-                *spent,
+                _before_and_after(group, "accuracy", ".1%"),
+                _before_and_after(group, "reward", ".3f"),
+                *(_mean([float(run.spent[measure][-1]) for run in group.runs]) for measure in MEASURES),
                 sum(sum(run.failures.values()) for run in group.runs),
                 f"{unfinished} not finished" if unfinished else "finished",
             ]
         )
     return Table(
         "Summary",
-        "Accuracy and reward of the center on held-out problems; what the steps spent, evaluations apart. "
-        "With several seeds, their means.",
+        "Accuracy and reward of the center on held-out problems, before the first step and at the last evaluation; and "
+        "what the steps spent, evaluations apart. With several seeds, their means.",
         columns,
         rows,
     )
@@ -190,7 +189,7 @@ def config_differences(groups: Sequence[RunGroup]) -> Table:
     flat = [[_flat(run.config) for run in group.runs] for group in groups]
     everyone = [fields for group in flat for fields in group]
     names = dict.fromkeys(name for fields in everyone for name in fields)
-    differing = [name for name in names if len({fields.get(name, "—") for fields in everyone}) > 1]
+    differing = [name for name in names if name != "name" and len({fields.get(name, "—") for fields in everyone}) > 1]
     rows = [
         [name, *(", ".join(dict.fromkeys(fields.get(name, "—") for fields in group)) for group in flat)]
         for name in differing
@@ -216,13 +215,10 @@ def _failures(groups: Sequence[RunGroup]) -> Table:
     return Table("Failures", text, ["Verifier: kind", *(group.label for group in groups)], rows)
 
 
-def _ends(run: RunData) -> tuple[float | None, ...]:
-    """Accuracy before and after, reward before and after, best reward."""
-    if not run.evaluations:
-        return (None,) * 5
-    first, last = run.evaluations[0], run.evaluations[-1]
-    rewards = [line["reward"] for line in run.evaluations if line["reward"] is not None]
-    return first["accuracy"], last["accuracy"], first["reward"], last["reward"], max(rewards, default=None)
+def _before_and_after(group: RunGroup, figure: str, form: str) -> str:
+    evaluated = [run.evaluations for run in group.runs if run.evaluations]
+    ends = [_mean([lines[end][figure] for lines in evaluated]) for end in (0, -1)]
+    return " → ".join("–" if value is None else format(value, form) for value in ends)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

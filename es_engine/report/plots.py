@@ -88,7 +88,7 @@ def _population(groups: Sequence[RunGroup]) -> Plot:
             bands = ((figures["lowest"], figures["highest"]), (figures["lower quarter"], figures["upper quarter"]))
             series = Series(run.name, _after_steps(run), figures["median"], bands)
             found = curve(run.name, style, [series])
-            variants.append(_variant(run.name, "Mean reward of a member", [found]))
+            variants.append(_variant(run.name, "Reward of members", [found]))
     return Plot(
         "population",
         "Population",
@@ -125,7 +125,7 @@ def _learning(groups: Sequence[RunGroup]) -> Plot:
         "what a gradient method reports of its loss.",
         _variants(
             _stepwise(groups, "fitness spread", "spread", "Fitness spread"),
-            _stepwise(groups, "constant share", "constant", "Share without a signal", share=True),
+            _stepwise(groups, "constant share", "constant", "Constant share", share=True),
             *(
                 _stepwise(groups, _words(name.removeprefix("learning/")), name, _words(name.removeprefix("learning/")))
                 for name in _names(groups, "learning/")
@@ -142,8 +142,8 @@ def _lengths(groups: Sequence[RunGroup]) -> Plot:
         "Completion lengths",
         "Tokens of a completion, and the share of completions that were cut off at the limit or went round in a loop.",
         _variants(
-            _evaluated(groups, "held-out", _length, "Tokens of a held-out completion"),
-            _stepwise(groups, "training", "length", "Tokens of a training completion"),
+            _evaluated(groups, "held-out", _length, "Held-out tokens"),
+            _stepwise(groups, "training", "length", "Training tokens"),
             _stepwise(groups, "cut off", "truncated", "Share cut off", share=True),
             _stepwise(groups, "in a loop", "looped", "Share in a loop", share=True),
         ),
@@ -156,7 +156,7 @@ def _failures(groups: Sequence[RunGroup]) -> Plot:
         "failures",
         "Rollouts without a score",
         "The share of training rollouts that a verifier left without a score.",
-        _variants(_stepwise(groups, "share", "unscored", "Share without a score", share=True)) if failed else (),
+        _variants(_stepwise(groups, "share", "unscored", "Share unscored", share=True)) if failed else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import re
 import sys
 import threading
 import time
@@ -12,13 +13,15 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from es_engine.report.data import RunData, RunReader, find_runs, group_runs
 from es_engine.report.page import content, page
 
 SHARE_OF_TIME = 0.1
 """Most of one core's time that looking at the runs takes."""
+
+HOST = re.compile(r"\[?([^\[\]]+?)\]?(?::\d+)?")
+"""A name or an address, an IPv6 one in brackets, and a port."""
 
 
 class LiveRuns:
@@ -96,8 +99,8 @@ class WatchServer(ThreadingHTTPServer):
     def is_own_name(self, host: str) -> bool:
         """Is this what a browser may call the server by? A name of somebody else's that leads here is not, so that no
         page of theirs reads the runs (DNS rebinding); an address cannot be such a name."""
-        name = urlsplit(f"//{host}").hostname or ""
-        return name in ("localhost", self.host.lower()) or _is_address(name)
+        name = HOST.fullmatch(host)
+        return name is not None and (name[1].lower() in ("localhost", self.host.lower()) or _is_address(name[1]))
 
 
 class _Handler(BaseHTTPRequestHandler):
