@@ -56,7 +56,7 @@
       const power = Math.min(6, Math.floor(Math.log10(size) / 3));
       return `${Number((value / 1000 ** power).toPrecision(4))}${["", "k", "M", "G", "T", "P", "E"][power]}`;
     }
-    if (Number.isInteger(value)) return value.toLocaleString("en");
+    if (Number.isInteger(value) || size >= 1000) return Math.round(value).toLocaleString("en");
     if (size < 1e-3) return value.toExponential(1);
     return String(Number(value.toPrecision(4)));
   }
