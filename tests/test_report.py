@@ -6,17 +6,20 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import config_of, step_line, write_run
-from small_runs import small_config, train_here
+from small_runs import resume_here, small_config, train_here
 from typer.testing import CliRunner
 
+from es_engine import trainer
 from es_engine.cli import app
 from es_engine.config import dump_config
 from es_engine.report import RunGroup, Table, build, find_runs, group_runs, read_run
@@ -60,6 +63,19 @@ def test_a_real_run_ends_with_its_report(random_llama: Path, tmp_path: Path) -> 
         plot["name"] for plot in data["plots"]
     }
     assert [len(rows) for rows in data["samples"]["runs"][0]["steps"].values()] == [8, 8]
+
+
+def test_a_report_that_fails_costs_no_run(random_llama: Path, tmp_path: Path) -> None:
+    config = small_config(random_llama, {"kind": "sft", "batch": 2}, budget={"generations": 1})
+    run = tmp_path / "run"
+    with (
+        patch.object(trainer, "write_run_report", side_effect=OSError("no room")),
+        pytest.raises(OSError, match="no room"),
+    ):
+        train_here(config, run)
+    assert (read_run(run).steps, read_run(run).finished, (run / "report.html").exists()) == (1, True, False)
+    resume_here(run)
+    assert (run / "report.html").is_file()
 
 
 def test_a_run_in_progress_is_read_and_left_as_it_is(tmp_path: Path) -> None:
@@ -129,6 +145,16 @@ def test_runs_that_differ_in_seeds_only_are_one_group(runs: Path) -> None:
     ]
 
 
+def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
+    one, other = (replace(read_run(runs / f"es-seed{seed}"), name="run") for seed in range(2))
+    assert RunGroup("ES", (one, other)).run_labels == ("ES, seed 0", "ES, seed 1")
+    assert [group.label for group in group_runs([one, read_run(runs / "grpo-seed0"), replace(one, config={})])] == [
+        "run",
+        "grpo-seed0",
+        "run (2)",
+    ]
+
+
 def test_runs_are_found_below_folders_that_may_be_empty_or_missing(runs: Path, tmp_path: Path) -> None:
     assert find_runs([runs / "sft", tmp_path, tmp_path / "missing"]) == [runs / "sft"]
     assert [path.name for path in find_runs([runs])] == ["es-seed0", "es-seed1", "grpo-seed0", "grpo-seed1", "sft"]
@@ -180,9 +206,9 @@ def test_curves_lie_over_every_budget(runs: Path) -> None:
 
 def test_samples_that_do_not_fit_are_left_out_evenly_and_counted(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=20, every=2, problems=40, completions=["x" * 500]))
-    everything = samples([run])["runs"][0]
+    everything = samples(group_runs([run]))["runs"][0]
     assert (everything["rows"], everything["evaluations"], len(everything["steps"])) == (40, 11, 11)
-    few = samples([run], room=60_000)["runs"][0]
+    few = samples(group_runs([run]), room=60_000)["runs"][0]
     kept = {step: [row["key"] for row in rows] for step, rows in few["steps"].items()}
     assert (few["rows"], few["evaluations"]) == (40, 11)
     assert {"0", "20"} < set(kept) < set(everything["steps"])
@@ -193,7 +219,7 @@ def test_samples_that_do_not_fit_are_left_out_evenly_and_counted(tmp_path: Path)
 
 def test_a_very_long_completion_is_shortened_in_its_middle(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", problems=1, completions=["(" * 500_000 + ")"]))
-    (row,) = samples([run])["runs"][0]["steps"]["0"]
+    (row,) = samples(group_runs([run]))["runs"][0]["steps"]["0"]
     assert len(row["completion"]) < 10_000
     assert re.fullmatch(r"\(+ \[…494001 characters left out…\] \(+\)", row["completion"])
 

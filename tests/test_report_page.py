@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
+TIMEOUT_MS = 120_000
+
 ATTACK = '</script><script>window.harmed = 1</script><img src="x" onerror="window.harmed = 1">'
 COMPLETIONS = [ATTACK, "a\u202egnp.exe\x00\x1b[2J", "W" * 3000, "Z" + "\u0335\u0321" * 200, "\ud800 4 * 6", "4 * 6"]
 
@@ -51,6 +53,7 @@ class Reader:
     def __init__(self, browser: Any, url: str, *, width: int = 1280, scheme: str = "light") -> None:
         self.faults: list[str] = []
         self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page.set_default_timeout(TIMEOUT_MS)
         self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url, url))
@@ -102,13 +105,17 @@ def test_a_budget_axis_seeds_and_methods_are_chosen(browser: Any, report: Path) 
     reader.page.check("#seeds")
     reader.wait()
     seeds = [trace["name"] for trace in reader.traces() if trace.get("name") not in names]
-    assert seeds == ["es-seed0", "es-seed1"]
+    assert seeds == ["es, seed 0", "es, seed 1"]
+    reader.page.uncheck("#bands")
+    reader.wait()
+    assert len(reader.traces()) == len(names) + 2 - 6
     reader.page.get_by_role("checkbox", name="grpo").uncheck()
     reader.wait()
     assert "grpo" not in [trace.get("name") for trace in reader.traces()]
     reader.page.select_option("#plot-components select", "form, training")
     assert {y for trace in reader.traces("components") for y in trace["y"]} == {0.5}
     reader.page.click("#plot-held-out summary")
+    reader.page.wait_for_selector("#plot-held-out table")
     assert reader.page.locator("#plot-held-out tbody tr").count() == 8
     with reader.page.expect_download() as download:
         reader.page.get_by_role("button", name="Save Held-out evaluation as PNG").click()

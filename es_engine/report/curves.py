@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Curve:
     label: str
     style: int
     points: Mapping[str, Points]
-    seeds: Mapping[str, Mapping[str, Points]] = field(default_factory=dict)
+    seeds: tuple[tuple[str, Mapping[str, Points]], ...] = ()
 
 
 def curve(label: str, style: int, series: Sequence[Series]) -> Curve | None:
@@ -58,7 +58,7 @@ def curve(label: str, style: int, series: Sequence[Series]) -> Curve | None:
     axes = thinned[0].spent
     if len(thinned) == 1:
         return Curve(label, style, {axis: thinned[0].over(axis) for axis in axes})
-    seeds = {each.run: {axis: each.over(axis) for axis in axes} for each in thinned}
+    seeds = tuple((each.run, {axis: each.over(axis) for axis in axes}) for each in thinned)
     return Curve(label, style, {axis: mean_over(axis, thinned) for axis in axes}, seeds)
 
 

@@ -85,6 +85,16 @@ class RunGroup:
     label: str
     runs: tuple[RunData, ...]
 
+    @property
+    def run_labels(self) -> tuple[str, ...]:
+        """How each run is called where runs are shown one by one."""
+        if len(self.runs) == 1:
+            return (self.label,)
+        seeds = [run.seed for run in self.runs]
+        if len(set(seeds)) == len(seeds):
+            return tuple(f"{self.label}, seed {seed}" for seed in seeds)
+        return tuple(f"{self.label}, {run.name}" for run in self.runs)
+
 
 class RunReader:
     """Reads a run, and later what was added to it."""

@@ -8,6 +8,7 @@
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "x", "cross", "star"];
   const GLYPHS = ["●", "■", "◆", "▲", "✖", "✚", "★"];
   const DASHES = ["solid", "dash", "dot"];
+  const CLEAR_BANDS = 6; // the bands of more curves than that hide each other
   const PAGE_SIZE = 10;
   const MARKED_POINTS = 14;
   const TABLE_POINTS = 50;
@@ -21,7 +22,7 @@
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
   const state = {
-    axis: data.axis, seeds: false, hidden: new Set(), variants: {},
+    axis: data.axis, seeds: false, bands: data.groups.length <= CLEAR_BANDS, hidden: new Set(), variants: {},
     run: null, before: null, after: null, filter: "all", search: "", page: 0, drawnSamples: null, config: null,
   };
   const darkScheme = matchMedia("(prefers-color-scheme: dark)");
@@ -131,11 +132,11 @@
     return { x: data.arrays[x], y: data.arrays[y], bands: bands.map((band) => band.map((place) => data.arrays[place])) };
   }
 
-  function curveTraces(curve, which) {
+  function curveTraces(plot, curve, which) {
     const tone = colour(curve.style, which);
     const { x, y, bands } = pointsOf(curve);
     const traces = [];
-    bands.forEach(([low, high], place) => {
+    (state.bands || plot.name === "population" ? bands : []).forEach(([low, high], place) => {
       const there = x.map((_, point) => point).filter((point) => low[point] !== null && high[point] !== null);
       if (!there.length) return;
       const edge = { x: there.map((point) => x[point]), mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
@@ -194,7 +195,7 @@
   }
 
   const tracesOf = (plot, which) =>
-    (plot.kind === "bars" ? barTraces(plot, which) : shownCurves(plot).flatMap((curve) => curveTraces(curve, which)));
+    (plot.kind === "bars" ? barTraces(plot, which) : shownCurves(plot).flatMap((curve) => curveTraces(plot, curve, which)));
 
   function draw(plot) {
     const card = byId(`plot-${plot.name}`);
@@ -534,6 +535,8 @@
 
   for (const form of document.querySelectorAll("form")) form.addEventListener("submit", (event) => event.preventDefault());
   onChange("axis", "change", (select) => { state.axis = select.value; drawAll(); });
+  byId("bands").checked = state.bands;
+  onChange("bands", "change", (box) => { state.bands = box.checked; drawAll(); });
   onChange("seeds", "change", (box) => { state.seeds = box.checked; drawAll(); });
   onChange("theme", "change", (select) => { document.documentElement.dataset.theme = select.value; showControls(); drawAll(); });
   onChange("sample-run", "change", (select) => { state.run = select.value; showSampleControls(); relist(); });

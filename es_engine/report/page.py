@@ -20,7 +20,6 @@ from markupsafe import Markup
 from es_engine.report.curves import Array, Curve, Points
 from es_engine.report.data import AXES, MEASURES, RunData, RunGroup, group_runs, read_run
 from es_engine.report.plots import Bars, Plot, plots
-from es_engine.report.png import write_pngs
 from es_engine.report.samples import samples
 from es_engine.run_folder import RunFolder, write_text
 
@@ -59,6 +58,8 @@ def write_report(
     over = over or usual_axis(groups)
     write_text(path, build(groups, title=title, tables=tables, over=over))
     if pngs:
+        from es_engine.report.png import write_pngs  # here, so that a run that only ends needs no matplotlib
+
         write_pngs(path.with_name(f"{path.stem}_plots"), plots(groups), over)
 
 
@@ -86,21 +87,25 @@ def content(
     runs = [run for group in groups for run in group.runs]
     arrays = _Arrays()
     drawn = [_bars(each) if isinstance(each, Bars) else _plot(each, arrays) for each in plots(groups)]
-    kept = samples(runs)
+    kept = samples(groups)
     return {
         "title": title,
         "subtitle": subtitle(runs),
         "problems": list(problems),
         "axes": AXES,
         "axis": over or usual_axis(groups),
-        "groups": [{"label": group.label, "runs": [run.name for run in group.runs]} for group in groups],
+        "groups": [{"label": group.label, "runs": list(group.run_labels)} for group in groups],
         "summary": summary(groups).to_json(),
         "tables": [table.to_json() for table in tables],
         "plots": drawn,
         "arrays": arrays.lists,
         "failures": _failures(groups).to_json(),
         "differences": config_differences(groups).to_json(),
-        "configs": [{"name": run.name, "text": run.config_text} for run in runs],
+        "configs": [
+            {"name": label, "text": run.config_text}
+            for group in groups
+            for label, run in zip(group.run_labels, group.runs, strict=True)
+        ],
         "samples": kept,
         "samples_version": hashlib.sha256(json.dumps(kept).encode()).hexdigest(),
     }
@@ -147,7 +152,6 @@ def summary(groups: Sequence[RunGroup]) -> Table:
     columns += ["Without a score", "State"]
     rows: list[list[Cell]] = []
     for group in groups:
-        unfinished = sum(not run.finished for run in group.runs)
         rows.append(
             [
                 group.label,
@@ -158,7 +162,7 @@ def summary(groups: Sequence[RunGroup]) -> Table:
                 _before_and_after(group, "reward", ".3f"),
                 *(_mean([float(run.spent[measure][-1]) for run in group.runs]) for measure in MEASURES),
                 sum(sum(run.failures.values()) for run in group.runs),
-                f"{unfinished} not finished" if unfinished else "finished",
+                _state(group),
             ]
         )
     return Table(
@@ -194,16 +198,8 @@ def config_differences(groups: Sequence[RunGroup]) -> Table:
         [name, *(", ".join(dict.fromkeys(fields.get(name, "—") for fields in group)) for group in flat)]
         for name in differing
     ]
-    return Table(
-        "Config differences",
-        "The fields in which the runs differ; a dash where a run has no such field."
-        if rows
-        else "There are none."
-        if len(everyone) > 1
-        else "There is only one run.",
-        ["Field", *(group.label for group in groups)],
-        rows,
-    )
+    text = "The fields in which the runs differ; a dash where a run has no such field." if rows else "There are none."
+    return Table("Config differences", text, ["Field", *(group.label for group in groups)], rows)
 
 
 def _failures(groups: Sequence[RunGroup]) -> Table:
@@ -215,10 +211,17 @@ def _failures(groups: Sequence[RunGroup]) -> Table:
     return Table("Failures", text, ["Verifier: kind", *(group.label for group in groups)], rows)
 
 
+def _state(group: RunGroup) -> str:
+    unfinished = sum(not run.finished for run in group.runs)
+    if not unfinished:
+        return "finished"
+    return "not finished" if unfinished == len(group.runs) else f"{unfinished} not finished"
+
+
 def _before_and_after(group: RunGroup, figure: str, form: str) -> str:
     evaluated = [run.evaluations for run in group.runs if run.evaluations]
     ends = [_mean([lines[end][figure] for lines in evaluated]) for end in (0, -1)]
-    return " → ".join("–" if value is None else format(value, form) for value in ends)
+    return " → ".join(format(value, form) for value in ends if value is not None) or "–"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -269,7 +272,7 @@ def _curve(curve: Curve, arrays: _Arrays) -> dict[str, Any]:
         "label": curve.label,
         "style": curve.style,
         "points": _points(curve.points, arrays),
-        "seeds": [{"label": run, "points": _points(points, arrays)} for run, points in curve.seeds.items()],
+        "seeds": [{"label": run, "points": _points(points, arrays)} for run, points in curve.seeds],
     }
 
 

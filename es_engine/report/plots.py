@@ -81,14 +81,13 @@ def _population(groups: Sequence[RunGroup]) -> Plot:
     """A variant for each run, since the bands of several would hide each other."""
     variants = []
     for style, group in enumerate(groups):
-        for run in group.runs:
+        for label, run in zip(group.run_labels, group.runs, strict=True):
             figures = {name.removeprefix("population/"): values for name, values in run.figures.items()}
             if "median" not in figures:
                 continue
             bands = ((figures["lowest"], figures["highest"]), (figures["lower quarter"], figures["upper quarter"]))
-            series = Series(run.name, _after_steps(run), figures["median"], bands)
-            found = curve(run.name, style, [series])
-            variants.append(_variant(run.name, "Reward of members", [found]))
+            found = curve(label, style, [Series(label, _after_steps(run), figures["median"], bands)])
+            variants.append(_variant(label, "Reward of members", [found]))
     return Plot(
         "population",
         "Population",
@@ -213,8 +212,8 @@ def _variant(name: str, label: str, curves: Iterable[Curve | None], share: bool 
 def _stepwise(groups: Sequence[RunGroup], name: str, figure: str, label: str, share: bool = False) -> Variant | None:
     """A figure of the steps, each at what the run had spent after it."""
 
-    def series(run: RunData) -> Series:
-        return Series(run.name, _after_steps(run), run.figures.get(figure, np.full(run.steps, np.nan)))
+    def series(label: str, run: RunData) -> Series:
+        return Series(label, _after_steps(run), run.figures.get(figure, np.full(run.steps, np.nan)))
 
     return _variant(name, label, _curves(groups, series), share)
 
@@ -228,20 +227,23 @@ def _evaluated(
 ) -> Variant | None:
     """A figure of the held-out evaluations, with its interval where it has one."""
 
-    def series(run: RunData) -> Series:
+    def series(label: str, run: RunData) -> Series:
         steps = [line["step"] for line in run.evaluations]
         spent = {axis: run.spent[axis][steps] for axis in AXES}
         if not isinstance(figure, str):
-            return Series(run.name, spent, _numbers(map(figure, run.evaluations)))
+            return Series(label, spent, _numbers(map(figure, run.evaluations)))
         intervals = [line.get(f"{figure}_ci95") or (None, None) for line in run.evaluations]
         band = (_numbers(low for low, _ in intervals), _numbers(high for _, high in intervals))
-        return Series(run.name, spent, _numbers(line.get(figure) for line in run.evaluations), (band,))
+        return Series(label, spent, _numbers(line.get(figure) for line in run.evaluations), (band,))
 
     return _variant(name, label, _curves(groups, series), share)
 
 
-def _curves(groups: Sequence[RunGroup], series: Callable[[RunData], Series]) -> list[Curve | None]:
-    return [curve(group.label, style, [series(run) for run in group.runs]) for style, group in enumerate(groups)]
+def _curves(groups: Sequence[RunGroup], series: Callable[[str, RunData], Series]) -> list[Curve | None]:
+    return [
+        curve(group.label, style, [series(*each) for each in zip(group.run_labels, group.runs, strict=True)])
+        for style, group in enumerate(groups)
+    ]
 
 
 def _after_steps(run: RunData) -> dict[str, Array]:

@@ -71,6 +71,7 @@ def _bars(bars: Bars, axes: Axes) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(bars.unit)
     axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def _save(path: Path, title: str, draw: Callable[[Axes], None]) -> Path:

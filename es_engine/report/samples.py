@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from es_engine.report.data import RunData
+from es_engine.report.data import RunData, RunGroup
 
 ROOM = 4_000_000
 """Most bytes of samples in a report, about."""
@@ -26,15 +26,16 @@ NOTES_LONGEST = 2_000
 Rows = list[dict[str, Any]]
 
 
-def samples(runs: Sequence[RunData], room: int = ROOM) -> dict[str, Any]:
+def samples(groups: Sequence[RunGroup], room: int = ROOM) -> dict[str, Any]:
     """Of each run the evaluations, by step, that were kept, and how many rows there are; texts that occur in many rows,
     such as prompts, are places in `texts`."""
     texts: dict[str, int] = {}
-    share = room // max(1, len(runs))
-    return {"runs": [_of_run(run, share, texts) for run in runs], "texts": list(texts)}
+    named = [each for group in groups for each in zip(group.run_labels, group.runs, strict=True)]
+    share = room // max(1, len(named))
+    return {"runs": [_of_run(label, run, share, texts) for label, run in named], "texts": list(texts)}
 
 
-def _of_run(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
+def _of_run(label: str, run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
     steps = [line["step"] for line in run.evaluations if run.samples_file(line["step"]).is_file()]
     kept: dict[int, Rows] = {}
     total = 0
@@ -49,7 +50,7 @@ def _of_run(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
         for step in (between[place] for place in _evenly(len(between), fitting)):
             kept[step] = _at(places, _read(run.samples_file(step)))
     return {
-        "name": run.name,
+        "name": label,
         "rows": total,
         "evaluations": len(steps),
         "steps": {str(step): [_compact(row, texts) for row in rows] for step, rows in sorted(kept.items())},
