@@ -199,10 +199,17 @@
 
   function draw(plot) {
     const card = byId(`plot-${plot.name}`);
-    const place = card.querySelector(".plot");
     const style = getComputedStyle(card);
     const layout = layoutOf(plot, card.clientWidth, style.color, style.borderTopColor);
+    const place = card.querySelector(".plot");
     Plotly.react(place, tracesOf(plot, scheme()), layout, { responsive: true, displayModeBar: false });
+  }
+
+  /** What goes with a plot: its legend, its numbers, and its place. */
+  function describe(plot) {
+    const card = byId(`plot-${plot.name}`);
+    const place = card.querySelector(".plot");
+    place.style.minHeight = `${layoutOf(plot, card.clientWidth).height}px`;
     place.setAttribute("aria-label", inWords(plot));
     card.querySelector(".legend").replaceChildren(...legendOf(plot));
     const numbers = card.querySelector("details");
@@ -275,7 +282,7 @@
     const save = el("button", { type: "button", "aria-label": `Save ${plot.title} as PNG` }, "PNG");
     const numbers = el("details", {}, el("summary", {}, "Numbers"));
     const name = plot.name;
-    select.addEventListener("change", () => { state.variants[name] = select.value; draw(current(name)); });
+    select.addEventListener("change", () => { state.variants[name] = select.value; describe(current(name)); draw(current(name)); });
     save.addEventListener("click", () => download(current(name)));
     numbers.addEventListener("toggle", () => { if (numbers.open) showNumbers(current(name), numbers); });
     const heading = el("h3", { id: `plot-${name}-title` }, plot.title);
@@ -301,20 +308,23 @@
     drawAll();
   }
 
-  let drawing = 0;
+  const stale = new Set();
+  let waiting = false;
+
   /** Draws plot after plot, with a breath between them, so that the page answers meanwhile. */
   function drawAll() {
-    const mine = ++drawing;
-    const waiting = data.plots.map((plot) => plot.name);
+    data.plots.forEach(describe);
+    for (const plot of data.plots) stale.add(plot.name);
     delete document.body.dataset.drawn;
-    const next = () => {
-      if (mine !== drawing) return;
-      const plot = current(waiting.shift());
-      if (plot) draw(plot);
-      if (waiting.length) setTimeout(next);
-      else document.body.dataset.drawn = "";
-    };
-    next();
+    if (!waiting) drawNext();
+  }
+
+  function drawNext() {
+    const plot = data.plots.find((each) => stale.delete(each.name));
+    if (plot) draw(plot);
+    waiting = stale.size > 0;
+    if (waiting) setTimeout(drawNext);
+    else document.body.dataset.drawn = "";
   }
 
   function showControls() {
@@ -509,6 +519,11 @@
 
   let etag = null;
   async function poll() {
+    if (!document.hidden) await ask();
+    setTimeout(poll, POLL_MS);
+  }
+
+  async function ask() {
     let lost = false;
     try {
       const answer = await fetch("data.json", { headers: etag ? { "If-None-Match": etag } : {}, cache: "no-store" });
@@ -526,7 +541,6 @@
     const text = lost ? "The live view has lost its server, and goes on asking." : "Live: the page follows the runs.";
     if (byId("live").textContent !== text) byId("live").textContent = text;
     byId("live").classList.toggle("lost", lost);
-    setTimeout(poll, POLL_MS);
   }
 
   function onChange(id, event, act) {
