@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under r
 test: lint  ## lint, then every test
 	scripts/chromium.sh
 	$(BIN)/pytest -m "not vllm" --numprocesses 2 --dist loadfile
-	$(BIN)/pytest -m vllm --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m vllm --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED)  ## the short form of every benchmark, with figures and plots under runs/bench
 	for name in $(BENCHMARKS); do \

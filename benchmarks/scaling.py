@@ -42,7 +42,7 @@ TURNS = 3
 
 def main() -> None:
     given = options(__doc__.splitlines()[0])
-    sizes = [1, 16, 256] if given.short else [1, 4, 16, 64, 256]
+    sizes = [1, 256] if given.short else [1, 4, 16, 64, 256]
     rows = [alone(rollouts, workers, 1 if given.short else given.repeats) for workers in sizes]
     report("Simulated workers, rollouts of a generation", rows, given)
     report("256 simulated workers, one whole run", [alone(whole_run)], part(given, "run"))
@@ -184,7 +184,7 @@ def real(given: Options) -> list[Row]:
     turns = [1, 2] if given.short else [1, 2, 2, 1] * math.ceil(TURNS / 2)
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for workers in turns:
-        speeds[workers].append(alone(speed, workers, given.repeats, given.short))
+        speeds[workers].append(alone(speed, workers, 2 if given.short else given.repeats))
     ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
     return [
         {
@@ -197,10 +197,9 @@ def real(given: Options) -> list[Row]:
     ]
 
 
-def speed(workers: int, generations: int, short: bool) -> float:
+def speed(workers: int, generations: int) -> float:
     """Tokens a second, the median of generations with their updates, after one to warm up."""
-    smaller = ["method.population=32", "method.prompts=48", "engine.chunk=8"] if short else []
-    config = load_config(CONFIG, [*TINY, f"pool.workers={workers}", *smaller])
+    config = load_config(CONFIG, [*TINY, f"pool.workers={workers}"])
     with Session(config, print) as session:
         method = evolution(session)
         theta = session.pool.put(session.materials.space.start())

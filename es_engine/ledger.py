@@ -1,8 +1,8 @@
 """The append-only history of a run: `ledger.jsonl`, one JSON object a line.
 
 The first line (`kind: run`) says what the run is; `kind: calibration` holds the sigma found before the first
-generation; each `kind: generation` line holds everything that made that step. A line is on disk, whole, before its
-step counts as done.
+generation; each `kind: generation` line holds everything that made that step. In a run of several stages a line of
+`kind: stage` begins each. A line is on disk, whole, before its step counts as done.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ class Ledger:
     def generations(self) -> list[Line]:
         """The lines of the generations done so far; line i is step i."""
         return self.of_kind("generation")
+
+    @property
+    def stages(self) -> list[Line]:
+        """The lines that begin the stages so far; none in a run that has no stages."""
+        return self.of_kind("stage")
+
+    @property
+    def present_stage(self) -> list[Line]:
+        """The lines since the last stage began; all of them in a run that has no stages."""
+        return self.lines[self.lines.index(self.stages[-1]) :] if self.stages else self.lines
 
     @property
     def header(self) -> Line:

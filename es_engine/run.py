@@ -79,7 +79,8 @@ def evaluate(
     """
     if samples > 1 and temperature == 0:
         raise ValueError("samples: several completions of a prompt need a temperature above 0")
-    wearing = config if adapter is None else config.model_copy(update={"space": _space_of(adapter)})
+    first = config.by_stage[0]  # any of them: theta is what the space starts from
+    wearing = first if adapter is None else first.model_copy(update={"space": _space_of(adapter)})
     with Session(wearing, print) as session:
         task = session.materials.task
         return evaluate_center(

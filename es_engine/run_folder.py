@@ -90,9 +90,11 @@ class RunFolder:
         """The run's evaluations so far."""
         return Ledger(self.eval_file)
 
-    def save_checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], every: int | None = None) -> None:
-        """Keep theta and the optimizer's state after `step` steps, the checkpoint before, those of every so manieth
-        step if `every` is given, and no more."""
+    def save_checkpoint(
+        self, step: int, tensors: Mapping[str, torch.Tensor], lasting: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        """Keep theta and the optimizer's state after `step` steps, the checkpoint before, those of lasting steps, and
+        no more."""
 
         def write(folder: Path) -> None:
             # As bytes, because safetensors' own writing to a file hides the OSError of a full disk.
@@ -101,7 +103,7 @@ class RunFolder:
 
         write_folder(self.checkpoints / f"step-{step:06d}", write)
         for old in self._checkpoint_folders()[:-KEPT_CHECKPOINTS]:
-            if every is None or _step_of(old) % every:
+            if not lasting(_step_of(old)):
                 shutil.rmtree(old)
 
     def load_checkpoint(self, most: int) -> tuple[int, dict[str, torch.Tensor]] | None:

@@ -14,22 +14,28 @@ from es_engine.config import (
     DpoMethodConfig,
     EsMethodConfig,
     GrpoMethodConfig,
+    LoraSpaceConfig,
     OpdMethodConfig,
     SftMethodConfig,
+    teacher_of,
+    uses_torch,
 )
-from es_engine.methods import chunk_size
+from es_engine.config.base import flat, in_yaml, problem
+from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
 from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.fitness import Fitness, ReferenceFitness, RewardFitness, TeacherFitness
 from es_engine.methods.grpo import Grpo
 from es_engine.methods.opd import Opd
 from es_engine.methods.sft import Sft, demonstrations
 from es_engine.methods.updates import Updates
+from es_engine.spaces.base import Matrix
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import SingleTurnTask, Split, Task
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
-from workers.completions import load_completions
+from workers.completions import Completions, load_completions
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
@@ -42,21 +48,50 @@ CANARY_PROMPTS = 4
 KEPT_PROBLEMS = 4096
 
 
+class LocalModel:
+    """A base model's folder and what is known of it, each thing found out once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._matrices: dict[object, list[Matrix]] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what it computes."""
+        return fingerprint(self.folder)
+
+    @cached_property
+    def parameters(self) -> int:
+        """The parameters that multiply."""
+        return multiplying_parameters(self.folder)
+
+    def matrices(self, space: LoraSpaceConfig) -> list[Matrix]:
+        """The matrices that a space adapts. Raises ValueError for targets that the model does not have."""
+        if space.targets not in self._matrices:
+            self._matrices[space.targets] = linear_matrices(self.folder, space.targets)
+        return self._matrices[space.targets]
+
+
 @dataclass(frozen=True)
 class Materials:
     """Everything about a run that needs no workers."""
 
     config: Config
     task: Task
-    model: Path
+    base: LocalModel
     space: LoraSpace
     method: Method
     teacher: Teacher | None
 
-    @cached_property
+    @property
+    def model(self) -> Path:
+        """The folder of the base model."""
+        return self.base.folder
+
+    @property
     def model_fingerprint(self) -> str:
         """A hash of the base model."""
-        return fingerprint(self.model)
+        return self.base.fingerprint
 
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
         """Problems of a split by number, ready for the model; the last few thousand stay tokenised."""
@@ -73,12 +108,17 @@ class Materials:
         return problem
 
 
-def gather(config: Config) -> Materials:
-    """Find the model and build space, task and method. Raises ValueError for whatever does not exist or fit."""
+def gather(config: Config, base: LocalModel | None = None) -> Materials:
+    """Find the model and build space, task and method; `base` is a model that may be the config's and is known already.
+
+    Raises ValueError for whatever does not exist or fit.
+    """
     task = config.task.build()
     model = local_model(config)
+    if base is None or base.folder != model:
+        base = LocalModel(model)
     space = LoraSpace(
-        linear_matrices(model, config.space.targets),
+        base.matrices(config.space),
         rank=config.space.rank,
         alpha=config.space.alpha,
         train=config.space.train,
@@ -86,30 +126,50 @@ def gather(config: Config) -> Materials:
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )
-    teacher = find_teacher(config.method.teacher, model) if isinstance(config.method, OpdMethodConfig) else None
-    return Materials(config, task, model, space, _build_method(config, task, model, space, teacher), teacher)
+    taught = teacher_of(config.method)
+    teacher = None if taught is None else find_teacher(taught, model)
+    return Materials(config, task, base, space, _build_method(config, task, base, space, teacher), teacher)
 
 
-def _build_method(config: Config, task: Task, model: Path, space: LoraSpace, teacher: Teacher | None) -> Method:
+def _build_method(config: Config, task: Task, base: LocalModel, space: LoraSpace, teacher: Teacher | None) -> Method:
     method = config.method
     if isinstance(method, EsMethodConfig):
         chunk = config.engine.chunk
         if chunk == "auto":  # until it is settled
             chunk = chunk_size.most_slots(method.population, space)
-        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task))
-    parameters = multiplying_parameters(model)
-    updates = Updates(method, space.dim, parameters, parameters + space.adapter_parameters)
+        fitness = _build_fitness(config, method, task, base.folder, teacher)
+        return EvolutionStrategies(method, chunk=chunk, sampling=_sampling_of(config, method, task), fitness=fitness)
+    updates = Updates(method, space.dim, base.parameters, base.parameters + space.adapter_parameters)
     if isinstance(method, GrpoMethodConfig):
         return Grpo(method, _sampling_of(config, method, task), updates)
     if isinstance(method, OpdMethodConfig):
         assert teacher is not None
         sampled = sampling(config, task, method.samples, method.temperature)
         return Opd(method, sampled, updates, teacher.parameters)
-    completions = load_completions(model, task.stop, "task" if method.data is None else "method.data")
+    completions = _load_completions(base.folder, task, method.data)
     if isinstance(method, SftMethodConfig):
-        source = demonstrations(method, config.seed, cast(SingleTurnTask, task), completions)
+        source = demonstrations(method.data, method.batch, config.seed, cast(SingleTurnTask, task), completions)
         return Sft(method, source, completions, updates)
     return Dpo(method, pairs(method, config.seed, _sampling_of(config, method, task), completions), updates)
+
+
+def _build_fitness(config: Config, method: EsMethodConfig, task: Task, model: Path, teacher: Teacher | None) -> Fitness:
+    if method.fitness == "teacher":
+        assert teacher is not None
+        return TeacherFitness(teacher.parameters)
+    if method.fitness == "references":
+        completions = _load_completions(model, task, method.data)
+        limit = getattr(config.engine, "max_model_len", None)
+        if limit is not None:  # vLLM reads a text only where there is room for one more token
+            completions = replace(completions, context=min(completions.context, limit) - 1)
+        size = population.batch_size(method)
+        source = demonstrations(method.data, size, config.seed, cast(SingleTurnTask, task), completions)
+        return ReferenceFitness(source, completions)
+    return RewardFitness()
+
+
+def _load_completions(model: Path, task: Task, data: str | None) -> Completions:
+    return load_completions(model, task.stop, "task" if data is None else "method.data")
 
 
 def _sampling_of(config: Config, method: EsMethodConfig | GrpoMethodConfig | DpoMethodConfig, task: Task) -> Sampling:
@@ -122,26 +182,80 @@ def sampling(config: Config, task: Task, samples: int, temperature: float, top_p
     return Sampling(task.max_tokens, samples, temperature, top_p, task.stop, repeats)
 
 
-class Session:
-    """Materials with a pool of workers; a context manager."""
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What runs need of the engines of their pool: slots for so many adapters, and whether they take gradients."""
 
-    def __init__(self, config: Config, notify: Callable[[str], None]) -> None:
-        """Raises ValueError for anything about the config that can only be seen with the model and the cluster at
-        hand."""
+    slots: int
+    gradients: bool
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(max(self.slots, other.slots), self.gradients or other.gradients)
+
+
+def needs(materials: Materials) -> Needs:
+    """What a run needs of the engines of its pool."""
+    return Needs(materials.method.slots, uses_torch(materials.config.method))
+
+
+def worker_setup(materials: Materials, needs: Needs) -> WorkerSetup:
+    """What workers of a run are made from, in a pool of which so much is needed."""
+    canary = materials.problems("heldout", range(CANARY_PROMPTS))
+    return WorkerSetup(
+        materials.config,
+        materials.space,
+        materials.model_fingerprint,
+        tuple(problem.prompt_ids for problem in canary),
+        slots=needs.slots,
+        parameters=materials.base.parameters,
+        teacher=materials.teacher.fingerprint if materials.teacher else None,
+        gradients=needs.gradients,
+    )
+
+
+class Session:
+    """Materials with a pool of workers, which can be turned to other runs; a context manager."""
+
+    def __init__(self, config: Config, notify: Callable[[str], None], others: Sequence[Config] = ()) -> None:
+        """Begins with a run, on a pool that can also serve `others`.
+
+        Raises ValueError for anything about the configs that can only be seen with the model and the cluster at hand,
+        and where the others differ in what a pool cannot change (see `turn_to`).
+        """
         self.materials = gather(config)
-        canary = self.materials.problems("heldout", range(CANARY_PROMPTS))
-        # A verifier that cannot be loaded should fail here, not on a worker.
-        open_scorer(config.task, self.materials.task.verifier).close()
-        setup = WorkerSetup(
-            config,
-            self.materials.space,
-            self.materials.model_fingerprint,
-            tuple(problem.prompt_ids for problem in canary),
-            slots=self.materials.method.slots,
-            parameters=multiplying_parameters(self.materials.model),
-            teacher=self.materials.teacher.fingerprint if self.materials.teacher else None,
-        )
-        self.pool = Pool(setup, notify)
+        self._needs = needs(self.materials)
+        _try_verifier(self.materials)
+        for other in others:
+            found = self._gathered(other)
+            self._needs |= needs(found)
+            if other.task != config.task:
+                _try_verifier(found)
+        self.pool = Pool(worker_setup(self.materials, self._needs), notify)
+
+    def turn_to(self, config: Config) -> None:
+        """Have the pool serve another run from now on, on the engines that it has.
+
+        Raises ValueError, naming the field, where the run wants another model, pool or engine (but for its chunk), a
+        space of another rank or other targets, or more of the engines than the configs that the session was made for.
+        """
+        found = self._gathered(config)
+        wanted = needs(found)
+        if wanted.slots > self._needs.slots:
+            raise problem("engine.chunk", wanted.slots, f"at most {self._needs.slots}, the slots that the pool has")
+        if wanted.gradients > self._needs.gradients:
+            raise problem("method.kind", config.method.kind, "es, for which alone the pool was started")
+        if config.task != self.materials.config.task:
+            _try_verifier(found)
+        self.pool.assign(worker_setup(found, self._needs))
+        self.materials = found
+
+    def _gathered(self, config: Config) -> Materials:
+        _check_pool(config, self.materials.config)
+        found = gather(config, self.materials.base)
+        if found.base is not self.materials.base:
+            accepted = "a model that does not depend on the task, for runs on one pool share it"
+            raise problem("model.kind", config.model.kind, accepted)
+        return found
 
     def settle_chunk(self) -> None:
         """Replace `engine.chunk: auto`, in the config too, by the size that this pool is fastest with."""
@@ -154,7 +268,7 @@ class Session:
             method,
             self.pool,
             self.pool.put(found.space.start()),
-            found.problems("train", range(method.batch_size)),
+            method.fitness.batch(range(method.batch_size), found.problems),
             sigma=sigma,
             slots=method.chunk,
             workers=len(self.pool.workers),
@@ -169,3 +283,23 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pool.close()
+
+
+def _try_verifier(materials: Materials) -> None:
+    """Raises ValueError for a verifier that cannot be loaded, which should fail here, not on a worker."""
+    open_scorer(materials.config.task, materials.task.verifier).close()
+
+
+def _check_pool(config: Config, other: Config) -> None:
+    """Raises ValueError, naming the field, where two configs differ in what runs on one pool share."""
+    mine, theirs = _shared(config), _shared(other)
+    for field in sorted(mine.keys() | theirs.keys(), key=lambda field: (not field.endswith(".kind"), field)):
+        if mine.get(field) != theirs.get(field):
+            accepted = f"{in_yaml(theirs.get(field))}, for runs on one pool share it"
+            raise problem(field, mine.get(field), accepted)
+
+
+def _shared(config: Config) -> dict[str, object]:
+    fields = dict(flat(config.model_dump(include={"model", "pool", "engine"})))
+    del fields["engine.chunk"]
+    return fields | {"space.rank": config.space.rank, "space.targets": config.space.targets}

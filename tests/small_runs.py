@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
-from es_engine import trainer
-from es_engine.config import Config, dump_config, load_config, parse_config
+from es_engine import session, trainer
+from es_engine.config import Config, SgdConfig, dump_config, load_config, parse_config
 from es_engine.methods.base import Report
-from es_engine.session import Materials, gather
+from es_engine.optimizers import build_optimizer
+from es_engine.session import Materials, gather, needs, worker_setup
 from workers.actor import Worker, WorkerSetup
 from workers.engine import Vector
-from workers.models import multiplying_parameters
 from workers.pool import Call
 
-ES_ENGINE = Path(sys.executable).with_name("es-engine")
 GENERATIONS = 4
 
 
@@ -59,14 +56,21 @@ class LocalPool:
     restarts = 0
 
     def __init__(self, materials: Materials, workers: int = 1) -> None:
-        canary = tuple(problem.prompt_ids for problem in materials.problems("heldout", range(2)))
-        parameters = multiplying_parameters(materials.model)
-        fingerprint, slots = materials.model_fingerprint, materials.method.slots
-        setup = WorkerSetup(materials.config, materials.space, fingerprint, canary, slots, parameters)
+        self._start(worker_setup(materials, needs(materials)), workers)
+
+    def _start(self, setup: WorkerSetup, workers: int) -> None:
         self.workers = [Worker(setup, index, None) for index in range(workers)]
         for worker in self.workers:
             worker.start()
         self.calls: list[Call] = []
+
+    def assign(self, setup: WorkerSetup) -> None:
+        for worker in self.workers:
+            worker.assign(setup)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker._scorer.close()
 
     @property
     def size(self) -> int:
@@ -83,17 +87,13 @@ class LocalPool:
 
 def climb(materials: Materials, pool: LocalPool, steps: int, lr: float) -> tuple[Vector, list[Report]]:
     """Where gradient ascent with this step size leads from the start, and what was reported on the way."""
-    theta, reports = materials.space.start(), []
+    state = trainer._beginning(materials)
+    state.optimizer = build_optimizer(SgdConfig(lr=1.0), state.theta)
+    reports = []
     for step in range(steps):
-        directions = materials.method.step(pool, theta, step, 0.0, materials.problems)
-        try:
-            direction = next(directions)
-            while True:
-                theta = theta + np.float32(lr) * direction
-                direction = directions.send(theta)
-        except StopIteration as end:
-            reports.append(end.value)
-    return theta, reports
+        directions = materials.method.step(pool, state.theta, step, 0.0, materials.problems)
+        reports.append(trainer._climb(state, directions, lr)[0])
+    return state.theta, reports
 
 
 def materials_of(model: Path, method: dict[str, Any], **axes: dict[str, Any]) -> Materials:
@@ -101,46 +101,33 @@ def materials_of(model: Path, method: dict[str, Any], **axes: dict[str, Any]) ->
     return gather(small_config(model, method, **axes))
 
 
-def es_engine(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    command = [ES_ENGINE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+class SessionPool(LocalPool):
+    """Such a pool as a session starts it."""
 
-
-class LocalSession:
-    """A session whose workers are in this process."""
-
-    def __init__(self, config: Config, notify: object) -> None:
-        self.materials = gather(config)
-        assert isinstance(config.pool.workers, int)
-        self.pool = LocalPool(self.materials, config.pool.workers)
-
-    def settle_chunk(self) -> None:
-        """There is none."""
-
-    def __enter__(self) -> LocalSession:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __init__(self, setup: WorkerSetup, _notify: object) -> None:
+        workers = setup.config.pool.workers
+        assert isinstance(workers, int)
+        self._start(setup, workers)
 
 
 def train_here(config: Config, run: Path) -> Path:
     """Train without Ray; the run's folder."""
-    with patch.object(trainer, "Session", LocalSession):
+    with patch.object(session, "Pool", SessionPool):
         return trainer.train(config, run).path
 
 
 def resume_here(run: Path) -> Path:
     """Go on without Ray; the run's folder."""
-    with patch.object(trainer, "Session", LocalSession):
+    with patch.object(session, "Pool", SessionPool):
         return trainer.resume(run).path
 
 
 def train_and_kill(config: Config, run: Path, calls: int) -> Path:
     """Begin a run in a process that is killed (kill -9) in place of its so-manieth call of a worker; its folder."""
     path = write_config(config, run.with_name(f"{run.name}.yaml"))
-    done = subprocess.run([sys.executable, __file__, path, run, str(calls)], capture_output=True, check=False)
+    command = [sys.executable, __file__, path, run, str(calls)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: a sum in parts has other bits
+    done = subprocess.run(command, env=one_thread, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     return run
 

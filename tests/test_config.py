@@ -138,8 +138,8 @@ def test_task_weights_reach_the_verifier(tmp_path: Path) -> None:
 
 SENTENCES = {
     "method.populaton=8": "method.populaton: unknown key, perhaps population; accepted for kind es are kind, "
-    "population, mirrored, sigma, sigma_schedule, shaping, prompts, sharing, samples, temperature, top_p, probe_pairs, "
-    "probe_sigmas",
+    "fitness, teacher, data, population, mirrored, sigma, sigma_schedule, shaping, prompts, sharing, samples, "
+    "temperature, top_p, probe_pairs, probe_sigmas",
     "optimizer.betas=[0.9, 0.9]": "optimizer.betas: unknown key; accepted for kind sgd are kind, lr, lr_schedule, "
     "momentum, nesterov, weight_decay, decay_to",
     "space.rank=0": "space.rank: got 0, accepted is an integer >= 1",
@@ -181,7 +181,7 @@ SENTENCES = {
     "seed=-1": "seed: got -1, accepted is an integer >= 0 and <= 9223372036854775807",
     "seed=9223372036854775808": "seed: got 9223372036854775808, accepted is an integer >= 0 and <= 9223372036854775807",
     "sede=1": "sede: unknown key, perhaps seed; accepted are name, seed, model, space, method, optimizer, task, pool, "
-    "engine, budget, evaluation, telemetry",
+    "engine, budget, stages, evaluation, telemetry",
     "telemetry.prometheus_port=70000": "telemetry.prometheus_port: got 70000, accepted is null or "
     "an integer >= 0 and <= 65535",
     "method.population": "override method.population: accepted is KEY=VALUE, such as method.population=64",
@@ -201,6 +201,10 @@ IMPOSSIBLE = {
     "method.samples": ["method.samples=2"],
     "method.sigma_schedule.final": ["method.sigma_schedule={kind: linear, final: 0}"],
     "method.sigma_schedule.warmup": ["method.sigma_schedule.warmup=0.1"],
+    "method.teacher": ["method.fitness=teacher", "method.temperature=1"],
+    "method.data": ["method.data=rows.jsonl"],
+    "method.temperature": ["method.fitness=teacher", "method.teacher.adapter=x"],
+    "method.top_p": ["method.fitness=teacher", "method.teacher.adapter=x", "method.temperature=1", "method.top_p=0.9"],
     "method.teacher.model": ["method={kind: opd, teacher: {}}"],
     "method.minibatches": ["method={kind: opd, teacher: {adapter: x}, prompts: 2, minibatches: 3}"],
     "method.importance_cap": ["method={kind: opd, teacher: {adapter: x}, temperature: 0.5}"],
@@ -230,6 +234,8 @@ POSSIBLE = (
     ["method.sigma_schedule={kind: linear, final: 0.1}"],
     ["optimizer.lr_schedule={kind: linear, final: 0, warmup: 0.1}"],
     ["method={kind: opd, teacher: {adapter: x}, temperature: 0.5, form: exact}"],
+    ["method.fitness=teacher", "method.teacher.adapter=x", "method.temperature=1", "method.samples=2"],
+    ["method.fitness=references", "method.data=rows.jsonl", "pool.tensor_parallel=2"],
     ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
     ["model={kind: tiny, hidden: 128, heads: 2}"],
     ["pool.tensor_parallel=2"],

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from small_runs import resume_here, train_and_kill, train_here
+from test_runs import assert_same_run
 
-from es_engine import train
 from es_engine.config import ConfigError, GrpoMethodConfig, parse_config
-from es_engine.ledger import Ledger, first_difference
+from es_engine.ledger import Ledger
 from es_engine.methods import policy
 from es_engine.methods.grpo import Grpo, GrpoLoss
 from es_engine.methods.policy import Rollouts
 from es_engine.methods.updates import Updates
-from es_engine.trainer import replay, resume
+from es_engine.trainer import replay
 from rewards.base import Example
 from workers.chunks import Problem
 from workers.engine import Completion, Sampling
@@ -32,7 +28,6 @@ def digits(rollout):
     return sum(character.isdigit() for character in text) / max(1, len(text))
 """
 STEPS = 6
-ES_ENGINE = Path(sys.executable).with_name("es-engine")
 
 
 def settings(folder: Path, model: Path | str, **method: Any) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def rollouts(rewards: list[list[float]]) -> Rollouts:
         for number in range(2)
         for sample in range(3)
     ]
-    return Rollouts(problems, np.array(rewards), completions, [])
+    return Rollouts(problems, np.array(rewards), completions, [], 0.0, 0.0)
 
 
 def test_a_completions_advantage_is_its_rewards_place_in_its_group() -> None:
@@ -156,10 +151,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(folder: Path, random_llama: Path) -> Path:
     """A run with several updates a step, on one worker, that nothing happened to."""
     config = parse_config(settings(folder, random_llama, epochs=2, minibatches=2, beta=0.01))
-    return train(config, folder / "undisturbed").folder.path
+    return train_here(config, folder / "undisturbed")
 
 
-@pytest.mark.ray
 def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
     before, after = (Ledger(undisturbed / "eval.jsonl").lines[place]["reward"] for place in (0, -1))
     assert after > before + 0.3
@@ -175,25 +169,13 @@ def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
         assert line["costs"]["processed"] == line["prompt_tokens"] + tokens + 5 * read
 
 
-@pytest.mark.ray
 def test_two_workers_and_a_killed_driver_change_nothing(undisturbed: Path, folder: Path, random_llama: Path) -> None:
     given = settings(folder, random_llama, epochs=2, minibatches=2, beta=0.01) | {"pool": {"workers": 2}}
-    config, run = folder / "two.yaml", folder / "two"
-    config.write_text(yaml.safe_dump(given))
-    with subprocess.Popen([ES_ENGINE, "train", config, "--run-dir", run], stderr=subprocess.DEVNULL) as driver:
-        while not (run / "ledger.jsonl").exists() or len(Ledger(run / "ledger.jsonl").generations) < 2:
-            assert driver.poll() is None
-            time.sleep(0.05)
-        driver.send_signal(signal.SIGKILL)
-    done = len(Ledger(run / "ledger.jsonl").generations)
-    assert 2 <= done < STEPS
-    resume(run)
-    assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (run / "adapter" / file).read_bytes() == (undisturbed / "adapter" / file).read_bytes()
+    run = train_and_kill(parse_config(given), folder / "two", calls=70)
+    assert 2 <= len(Ledger(run / "ledger.jsonl").generations) < STEPS
+    assert_same_run(resume_here(run), undisturbed)
 
 
-@pytest.mark.ray
 def test_replay_gives_what_was_kept_and_says_what_that_is(undisturbed: Path, folder: Path) -> None:
     replayed = replay(undisturbed, STEPS, folder / "replayed")
     name = "adapter_model.safetensors"

@@ -13,10 +13,11 @@ import peft
 import pytest
 import torch
 import yaml
+from command_line import refusal
 from conftest import ALPHABET, build_random_model
 from inputs import random_center, random_prompts
 from test_gradient import OnOneWorker, build_space, plain_logprobs, plain_peft
-from test_runs import refusal, write_config
+from test_runs import write_config
 from transformers import AutoModelForCausalLM
 
 from es_engine import trainer
@@ -336,11 +337,12 @@ def test_another_teacher_than_the_runs_is_noticed(random_llama: Path, tmp_path: 
     ledger = RunFolder(tmp_path / "run")
     ledger.create(config)
     lines = ledger.open_ledger()
-    lines.append(trainer._header(materials, trainer._beginning(materials)))
-    trainer.restore(materials, ledger, lines)
+    stages = trainer.Stages(config, materials)
+    lines.append(trainer._header(stages, trainer._beginning(materials)))
+    trainer.restore(stages, ledger, lines)
     space.save(2 * center(space), tmp_path / "teacher", str(random_llama))
     with pytest.raises(ValueError, match=r"teacher is .* now, but was .* when the run began"):
-        trainer.restore(gather(config), ledger, lines)
+        trainer.restore(trainer.Stages(config), ledger, lines)
 
 
 # Refusals

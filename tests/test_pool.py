@@ -52,6 +52,7 @@ class Cluster:
         self.behave = behave
         self.now = 0.0
         self.processes: list[Process] = []
+        self.setups: dict[int, Any] = {}
 
     def is_initialized(self) -> bool:
         return True
@@ -63,9 +64,13 @@ class Cluster:
         return value
 
     def remote(self, _: type) -> Any:
-        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda *_: self.start(options)))
+        return SimpleNamespace(
+            options=lambda **options: SimpleNamespace(remote=lambda *arguments: self.start(options, arguments))
+        )
 
-    def start(self, options: dict[str, Any]) -> Process:
+    def start(self, options: dict[str, Any], arguments: tuple[Any, ...]) -> Process:
+        if arguments:
+            self.setups[len(self.processes)] = arguments[0]
         self.processes.append(Process(self, len(self.processes), options))
         return self.processes[-1]
 
@@ -121,8 +126,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Pool, Cluster,
 
 
 def well(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
-    """Starts in a second; a call's first argument is how long it takes, and its result the process that did it."""
-    return (1.0, {}) if method == "start" else (float(arguments[0]), process)
+    """Starts, and is assigned, in a second; a call's first argument is how long it takes, and its result the process
+    that did it."""
+    return (1.0, {}) if method in ("start", "assign") else (float(arguments[0]), process)
 
 
 def call(seconds: float, preferred: int | None = None) -> Call:
@@ -184,6 +190,49 @@ def test_a_call_past_its_limit_goes_to_another_worker(start: Any) -> None:
     ]
 
 
+# --- another run
+
+
+def assigned(name: str) -> Any:
+    """The setup of another run."""
+    return SimpleNamespace(name=name)
+
+
+def test_every_living_worker_is_assigned_once_and_the_next_to_start_begins_with_the_run(start: Any) -> None:
+    told: list[tuple[int, str, Any]] = []
+
+    def listening(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        told.append((process, method, [argument for argument in arguments if isinstance(argument, SimpleNamespace)]))
+        if (process, method) == (1, "assign"):
+            return 1.0, ActorDiedError()
+        return (2.0, {}) if method in ("start", "assign") else (float(arguments[0]), process)
+
+    pool, cluster, _ = start(listening)
+    other = assigned("other")
+    pool.assign(other)
+    assert told[2:] == [(0, "assign", [other]), (1, "assign", [other]), (2, "start", [])]
+    assert pool.run([call(5), call(5)]) == [0, 2]
+    assert cluster.setups[0] is cluster.setups[1]
+    assert cluster.setups[2] is other
+    assert pool.restarts == 1
+
+
+def test_a_replacement_that_is_still_starting_for_the_run_before_is_assigned_when_it_is_there(start: Any) -> None:
+    told: list[tuple[int, str]] = []
+
+    def slow(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        told.append((process, method))
+        if (process, method) == (1, "evaluate"):
+            return 1.0, ActorDiedError()
+        return ((50.0 if process == 2 else 1.0), {}) if method != "evaluate" else (float(arguments[0]), process)
+
+    pool, _, _ = start(slow)
+    assert pool.run([call(5, 0), call(5, 1)]) == [0, 0]
+    told.clear()
+    pool.assign(assigned("other"))
+    assert told == [(0, "assign"), (2, "assign")]
+
+
 # --- workers that share a process
 
 
@@ -192,7 +241,7 @@ def shared(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float
     assert method == "carry_out"
     worker, inner, *rest = arguments
     seconds, _ = well(process, inner, tuple(rest))
-    return seconds, {} if inner == "start" else (worker, process)
+    return seconds, {} if inner in ("start", "assign") else (worker, process)
 
 
 def test_simulated_workers_share_as_few_processes_as_hold_them(start: Any) -> None:
@@ -230,3 +279,19 @@ def test_hundreds_of_late_workers_are_told_of_on_one_screen(start: Any) -> None:
     assert notices[0] == "waiting 61 s for a call of 100 s on worker 0"
     assert notices[-1] == "and as long for 192 other workers"
     assert len(notices) == 9
+
+
+def test_workers_that_share_a_process_start_for_the_present_run(start: Any) -> None:
+    starts: list[Any] = []
+
+    def listening(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if arguments[1] == "start":
+            starts.append(arguments[2])
+        return shared(process, method, arguments)
+
+    pool, cluster, _ = start(listening, {"kind": "simulated", "workers_per_process": 2}, workers=2)
+    cluster.processes[0].die()  # which nobody has noticed yet
+    starts.clear()
+    pool.assign(assigned("other"))
+    assert starts == [assigned("other")] * 2
+    assert len(cluster.processes) == 2

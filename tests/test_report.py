@@ -24,7 +24,7 @@ from es_engine.cli import app
 from es_engine.config import dump_config
 from es_engine.report import RunGroup, Table, build, find_runs, group_runs, read_run
 from es_engine.report.curves import Series, curve, mean_over, thin
-from es_engine.report.data import RunReader, population
+from es_engine.report.data import RunReader, population, step_figures
 from es_engine.report.page import config_differences, content, embedded, summary
 from es_engine.report.plots import Plot, plots
 from es_engine.report.png import write_pngs
@@ -134,6 +134,17 @@ def test_the_population_is_quantiles_of_the_members_that_were_scored() -> None:
         "highest": 3.0,
     }
     assert population([[None], [None]]) == {}
+
+
+def test_members_are_compared_by_the_fitness_of_the_method_where_it_is_not_the_reward() -> None:
+    line = step_line("es", 0, random.Random(0)) | {"fitness": [[-1.0], [-3.0]]}
+    assert step_figures(line)["population/median"] == -2
+
+
+def test_a_run_of_stages_is_called_by_all_of_them(runs: Path) -> None:
+    stages = [{"method": {"kind": "sft"}}, {"method": {"kind": "es", "fitness": "teacher"}}]
+    run = replace(read_run(runs / "sft"), config={"stages": stages})
+    assert run.method == "sft → es (teacher)"
 
 
 def test_runs_that_differ_in_seeds_only_are_one_group(runs: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import refusal
 
 from es_engine.ledger import Ledger, first_difference
 
@@ -83,16 +84,6 @@ def succeed(*arguments: object) -> str:
     done = es_engine(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def refusal(*arguments: object) -> str:
-    """The one sentence of a command that refuses its input with exit code 2."""
-    done = es_engine(*arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("es-engine: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0].removeprefix("es-engine: ")
 
 
 def adapter_bytes(folder: Path) -> dict[str, bytes]:

@@ -9,12 +9,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+from command_line import refusal
 from inputs import random_center
 from small_runs import (
     GENERATIONS,
     LocalPool,
     climb,
-    es_engine,
     materials_of,
     resume_here,
     small_config,
@@ -180,18 +180,7 @@ def test_two_workers_and_kill_9_lead_to_the_same_theta(random_llama: Path, tmp_p
     assert_same_run(resume_here(killed), whole)
 
 
-@pytest.mark.ray
-def test_a_run_on_ray(random_llama: Path, tmp_path: Path) -> None:
-    config = write_config(small_config(random_llama, SFT), tmp_path / "config.yaml")
-    done = es_engine("train", config, "--run-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    losses = [line["learning"]["loss"] for line in Ledger(tmp_path / "run/ledger.jsonl").generations]
-    assert losses[-1] < losses[0]
-
-
 def test_a_missing_file_ends_the_command_and_leaves_nothing(random_llama: Path, tmp_path: Path) -> None:
     config = write_config(small_config(random_llama, SFT | {"data": str(tmp_path / "no.jsonl")}), tmp_path / "c.yaml")
-    done = es_engine("train", config, "--run-dir", tmp_path / "run")
-    assert done.returncode == 2
-    assert f"es-engine: method.data: no file {tmp_path / 'no.jsonl'}" in done.stderr.splitlines()
+    assert refusal("train", config, "--run-dir", tmp_path / "run") == f"method.data: no file {tmp_path / 'no.jsonl'}"
     assert not (tmp_path / "run").exists()

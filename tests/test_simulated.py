@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from es_engine.spaces.lora import LoraSpace
 from es_engine.trainer import train
 from workers import actor, simulated_engine
 from workers.actor import WorkerSetup
-from workers.chunks import Chunk
+from workers.chunks import Chunk, Problem
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.pool import Call
 from workers.simulated_engine import PATTERN, SimulatedEngine, SimulatedWorkers, decoding_seconds
@@ -187,9 +186,10 @@ def test_a_simulated_worker_takes_any_rank_and_one_device() -> None:
 def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> None:
     config = build_config()
     space = LoraSpace([Matrix("layer", 8, 8, 1.0)], rank=4, alpha=8.0)
-    process = SimulatedWorkers(WorkerSetup(config, space, "", (), slots=2, parameters=100))
+    setup = WorkerSetup(config, space, "", (), slots=2, parameters=100)
+    process = SimulatedWorkers()
     for index in (0, 7):
-        assert process.carry_out(index, "start")["index"] == index
+        assert process.carry_out(index, "start", setup)["index"] == index
     chunk = Chunk(1, 0, 0.3, PAIR, ((0, 1, 2), (0, 1, 2)), Sampling(16))
     task = config.task.build()
     batch = [simulated_problem(task.example("train", number)) for number in range(3)]
@@ -214,8 +214,8 @@ def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> Non
 def test_samples_share_their_prompt_and_sums_cost_seconds_alone(clock: Clock) -> None:
     config = build_config()
     space = LoraSpace([Matrix("layer", 1000, 1000, 1.0)], rank=4, alpha=8.0)
-    process = SimulatedWorkers(WorkerSetup(config, space, "", (), slots=2, parameters=10**6))
-    process.carry_out(0, "start")
+    process = SimulatedWorkers()
+    process.carry_out(0, "start", WorkerSetup(config, space, "", (), slots=2, parameters=10**6))
     batch = [simulated_problem(config.task.build().example("train", number)) for number in range(2)]
     chunk = Chunk(1, 0, 0.3, PAIR, ((0, 1), (0, 1)), Sampling(16, samples=5, temperature=1.0))
     result = process.carry_out(0, "evaluate", chunk, batch, space.start(), 1)
@@ -226,8 +226,8 @@ def test_samples_share_their_prompt_and_sums_cost_seconds_alone(clock: Clock) ->
     )
 
 
-def simulated_problem(example: Any) -> Any:
-    return SimpleNamespace(example=example, prompt=example.prompt, prompt_ids=(1, 2, 3))
+def simulated_problem(example: Any) -> Problem:
+    return Problem(example, example.prompt, (1, 2, 3))
 
 
 # --- the update

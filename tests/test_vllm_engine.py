@@ -201,6 +201,39 @@ def test_slots_written_again_hold_nothing_of_the_members_before(engine: VllmEngi
         np.testing.assert_array_equal(again, once)
 
 
+def test_an_engine_assigned_to_another_run_is_as_one_made_for_it(
+    engine: VllmEngine, random_llama: Path, space: LoraSpace, tmp_path: Path
+) -> None:
+    """Through spaces that train either factor and both, of which each shares other memory, and back: the first run's
+    values are the engine's own from when it was made for that run, bit for bit."""
+    prompts = random_prompts(9, 33, 150)
+    requests = [Request(slot, prompt) for prompt in prompts for slot in range(SLOTS)]
+    engine.write_slots(2, SIGMA, MEMBERS)
+    engine.write_slots(1, SIGMA, MEMBERS)
+    before, sums = engine.logprobs(requests), engine.noise_sum(1, [0, 3], [1.0, -0.5]).copy()
+    engine.prepare(1, SIGMA, MEMBERS)  # is under way, and would be what the other run asks for
+    run_seed = RUN_SEED + 1
+    for train in get_args(Train):
+        other = LoraSpace(space.matrices, rank=space.rank, alpha=9.0, train=train, units="raw", seed=5)
+        center = random_center(other, 0.1)
+        engine.assign(other, run_seed, LARGE_CACHE)
+        engine.set_center(center)
+        engine.write_slots(1, SIGMA / 3, MEMBERS)
+        found, base = engine.logprobs(requests), engine.logprobs([Request(None, prompt) for prompt in prompts])
+        reference = Reference(random_llama, other, tmp_path / train)
+        for slot, member in enumerate(MEMBERS):
+            eps = noise.draw(run_seed, 1, member.pair, other.dim)
+            expected = reference.logprobs(center + np.float32(member.sign * SIGMA / 3) * eps, prompts)
+            assert differences(expected, base).mean() > 0.1, "an adapter too weak to be told from another"
+            assert differences(found[slot::SLOTS], expected).max() < FLOAT32_TOLERANCE
+    engine.assign(space, RUN_SEED, LARGE_CACHE)
+    engine.set_center(random_center(space))
+    engine.write_slots(1, SIGMA, MEMBERS)
+    for again, once in zip(engine.logprobs(requests), before, strict=True):
+        np.testing.assert_array_equal(again, once)
+    np.testing.assert_array_equal(engine.noise_sum(1, [0, 3], [1.0, -0.5]), sums)
+
+
 def test_a_shorter_list_of_members_replaces_the_first_slots_and_hides_the_others(
     engine: VllmEngine, random_llama: Path, space: LoraSpace, tmp_path: Path
 ) -> None:

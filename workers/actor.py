@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from es_engine.config import Config, MultiTurnTaskConfig
+import numpy as np
+
+from es_engine.config import Config, MultiTurnTaskConfig, teacher_of
 from es_engine.costs import Costs, costs_of
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Score
@@ -36,6 +38,7 @@ from workers.prompts import Preparer, load_preparer
 from workers.scoring import open_scorer
 
 if TYPE_CHECKING:
+    from workers.canary import CanaryReport
     from workers.gradient import GradientModel, Loss, PartialGradient, Speaker
     from workers.samples import Sample
     from workers.teacher import Teacher
@@ -48,8 +51,10 @@ CPU_KV_CACHE_GIB = 1.0
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
     """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
-    `slots` the most members in a chunk, `parameters` those of the base model that multiply, `teacher` the teacher's
-    fingerprint where there is one."""
+    `parameters` those of the base model that multiply, `teacher` the teacher's fingerprint where there is one.
+
+    Of all runs that the pool is for, `slots` are the most members in a chunk, and `gradients` says whether any of them
+    takes gradients."""
 
     config: Config
     space: LoraSpace
@@ -58,6 +63,7 @@ class WorkerSetup:
     slots: int
     parameters: int
     teacher: str | None = None
+    gradients: bool = False
 
     @property
     def adapted_parameters(self) -> int:
@@ -87,19 +93,27 @@ class Worker:
         """
         self._model = model = _model_folder(self._setup)
         self._engine = build_engine(self._setup, model)
-        config = self._setup.config
-        task = config.task.build()
-        self._scorer: Any = open_scorer(config.task, task.verifier)
-        if isinstance(config.task, MultiTurnTaskConfig):
-            self._prepare = load_preparer(config, model, task.max_tokens)
+        self._open_task()
         report = _run_canary(self._engine, self._setup, model, with_reference=self._index == 0)
-        return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": report}
+        return self._described(report)
+
+    def assign(self, setup: WorkerSetup) -> dict[str, Any]:
+        """Serve another run from now on, on the engine that is there; what was known of thetas is forgotten, for
+        versions name those of one run. Says where the worker runs."""
+        before, self._setup = self._setup, setup
+        self.release_gradients()
+        self._center_version = -1
+        self._engine.assign(setup.space, setup.config.seed, _noise_cache_bytes(setup))
+        if setup.config.task != before.config.task:
+            self._scorer.close()
+            self._open_task()
+        return self._described()
 
     def evaluate(
         self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
     ) -> ChunkResult:
-        """Generate and score a chunk around theta, shape (D,); `version` names theta, so that it is taken in only
-        once. `ahead` is the chunk that will probably be next."""
+        """Generate and score a chunk around theta, shape (D,), or score by references where the batch has them;
+        `version` names theta, so that it is taken in only once. `ahead` is the chunk that will probably be next."""
         started = time.perf_counter()
         if self._gradients is not None:
             self._gradients.rest()
@@ -167,6 +181,16 @@ class Worker:
             self._gradients, self._gradients_version = None, -1
             self._engine.wake()
 
+    def _open_task(self) -> None:
+        config = self._setup.config
+        task = config.task.build()
+        self._scorer: Any = open_scorer(config.task, task.verifier)
+        games = isinstance(config.task, MultiTurnTaskConfig)
+        self._prepare = load_preparer(config, self._model, task.max_tokens) if games else None
+
+    def _described(self, canary: CanaryReport | None = None) -> dict[str, Any]:
+        return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": canary}
+
     def _gradients_at(self, theta: Vector | None, version: int) -> GradientModel:
         """The model that gradients are taken with, wearing theta; None leaves what it wears."""
         self._engine.rest()
@@ -179,6 +203,8 @@ class Worker:
         return self._gradients
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        if batch[0].reference is not None:
+            return self._read_references(chunk, batch)
         if self._prepare is None:
             return self._answer(chunk, batch)
         return games.play_chunk(self._engine, self._scorer, self._prepare, self._setup.config.seed, chunk, batch)
@@ -207,6 +233,21 @@ class Worker:
         outcomes = [_outcome(each, scores[each.request, each.sample]) for each in completions]
         return Outcomes(outcomes, sum(len(request.prompt_ids) for request in requests), waited)
 
+    def _read_references(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
+        """Score a chunk's members by the log-probabilities of the references, each the sum over its tokens."""
+        started = time.perf_counter()
+        asked = [(number, slot, batch[place]) for number, (slot, place) in enumerate(chunk.questions)]
+        given = [(number, slot, each.prompt_ids, each.reference) for number, slot, each in asked if each.reference]
+        requests = [Request(slot, prompt + reference) for _, slot, prompt, reference in given]
+        rows = self._engine.logprobs(requests) if requests else []
+        outcomes = [
+            Outcome(
+                number, 0, Score(float(row[len(prompt) - 1 :].sum(dtype=np.float64))), 0, False, False, Transcript("")
+            )
+            for (number, _, prompt, _), row in zip(given, rows, strict=True)
+        ]
+        return Outcomes(outcomes, sum(len(request.prompt_ids) for request in requests), time.perf_counter() - started)
+
 
 def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
     """The engine the config asks for, with as many slots as a chunk has members (and at least the canary's)."""
@@ -234,7 +275,7 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
             block_size=engine.block_size,
             tensor_parallel=config.pool.tensor_parallel,
             enforce_eager=engine.enforce_eager,
-            rests=config.method.kind != "es",
+            rests=setup.gradients,
         ),
     )
 
@@ -253,10 +294,10 @@ def _teacher(setup: WorkerSetup, model: Path) -> Teacher | None:
     """This machine's copy of the teacher. Raises ValueError if it is not the driver's."""
     from workers.teacher import find_teacher
 
-    method = setup.config.method
-    if method.kind != "opd":
+    config = teacher_of(setup.config.method)
+    if config is None:
         return None
-    teacher = find_teacher(method.teacher, model)
+    teacher = find_teacher(config, model)
     if teacher.fingerprint != setup.teacher:
         raise ValueError("method.teacher: it differs on this node from the teacher that the run was started with")
     return teacher
@@ -266,7 +307,8 @@ def _noise_cache_bytes(setup: WorkerSetup) -> int:
     """As configured; or room for every pair of a generation and a chunk drawn ahead, as far as this worker's share of
     an eighth of the machine's memory goes."""
     config = setup.config
-    assert config.engine.kind != "simulated"
+    if config.engine.kind == "simulated":  # its noise is made up where it is needed
+        return 0
     if config.engine.noise_cache_gib is not None:
         return int(config.engine.noise_cache_gib * GIB)
     population = config.method.population if config.method.kind == "es" else 0

@@ -26,11 +26,16 @@ Failures = Mapping[tuple[str, str], int]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An example made ready for the model: `prompt` as the model reads it, and its tokens."""
+    """An example made ready for the model: `prompt` as the model reads it, and its tokens.
+
+    With a `reference`, the tokens of a completion that is given, members do not complete the prompt but say how likely
+    that completion is. It is empty where there is none to give. In a batch all problems have one, or no problem has.
+    """
 
     example: Example
     prompt: str
     prompt_ids: tuple[int, ...]
+    reference: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.spaces.lora import LoraSpace
+
 Vector = npt.NDArray[np.float32]
 
 
@@ -78,6 +80,11 @@ class Completion:
 
 class PopulationEngine(Protocol):
     """An engine that answers with many perturbed adapters at once."""
+
+    def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Hold members of another run from now on, in a space of the same matrices and rank. Center, slots and noise
+        are forgotten: the next calls are `set_center` and `write_slots`. An engine that rests is to be woken first."""
+        ...
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""

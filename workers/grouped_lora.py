@@ -132,7 +132,8 @@ def install() -> None:
 
 def stack_slots(manager: Any, shared: Factor | None = None) -> torch.Tensor | None:
     """Re-bind the slot tensors of every layer as views of one A and one B stack, all zero, known to the layer's
-    wrapper. The `shared` factor is one for all slots: what is written to any slot is in all of them.
+    wrapper, in place of those that it knew. The `shared` factor is one for all slots: what is written to any slot is in
+    all of them.
 
     Returns the memory that all of them lie in, flat; None where vLLM's own kernels serve, whose slots stay as they are.
     """
@@ -143,6 +144,8 @@ def stack_slots(manager: Any, shared: Factor | None = None) -> torch.Tensor | No
     sizes = [-(-math.prod(shape) // ALIGNED) * ALIGNED for shape in shapes]
     memory = layers[0].lora_a_stacked[0].new_zeros(sum(sizes))
     stacks = [part[: math.prod(shape)].view(shape) for part, shape in zip(memory.split(sizes), shapes, strict=True)]
+    for layer in layers:
+        layer.punica_wrapper.stacks.clear()
     for layer, a, b in zip(layers, stacks[::2], stacks[1::2], strict=True):
         _bind(layer, a, b)
     return memory

@@ -31,9 +31,6 @@ class HfEngine:
 
         self._model = load_peft_model(model, space, dtype, device)
         self._device = torch.device(device)
-        self._space = space
-        self._perturber = Perturber(run_seed, space.dim, cache_bytes)
-        self._thetas: list[Vector] = []
         self._tokenizer = load_tokenizer(model)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
@@ -42,6 +39,13 @@ class HfEngine:
         ends = self._model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._model.generation_config = GenerationConfig(eos_token_id=ends)
+        self.assign(space, run_seed, cache_bytes)
+
+    def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Hold members of another run from now on, in a space of the same matrices and rank."""
+        self._space = space
+        self._perturber = Perturber(run_seed, space.dim, cache_bytes)
+        self._thetas: list[Vector] = []
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""
@@ -64,7 +68,11 @@ class HfEngine:
     @torch.inference_mode()
     def logprobs(self, requests: Sequence[Request]) -> list[Vector]:
         """Log-probability of every prompt token but the first, shape (T-1,), for each request."""
-        return [self._logprobs(request) for request in requests]
+        found = []
+        for slot, group in groupby(requests, key=lambda request: request.slot):
+            with self._adapter(slot):
+                found += [self._token_logprobs(request.prompt_ids) for request in group]
+        return found
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
         """The sum of weight * eps(pair) over pairs, in the order given, shape (D,)."""
@@ -141,10 +149,6 @@ class HfEngine:
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _logprobs(self, request: Request) -> Vector:
-        with self._adapter(request.slot):
-            return self._token_logprobs(request.prompt_ids)
 
     def _token_logprobs(self, token_ids: Sequence[int]) -> Vector:
         """Log-probability of every token but the first, shape (T-1,), by the model as it is."""

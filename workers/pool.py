@@ -59,11 +59,13 @@ class Place:
 
 @dataclass(slots=True)
 class _Seat:
-    """A worker's place and its present actor; `call` is the number of the call it is busy with."""
+    """A worker's place, its present actor and the setup that this serves; `call` is the number of the call it is busy
+    with."""
 
     index: int
     place: Place
     actor: Any = None
+    setup: Any = None
     task: Any = None
     call: int | None = None
     since: float = 0.0
@@ -147,6 +149,18 @@ class Pool:
             self._watch(todo)
         return [todo.results[number] for number in range(len(calls))]
 
+    def assign(self, setup: WorkerSetup) -> None:
+        """Have the workers, and those that will replace them, serve another run, of the same engine and pool.
+
+        Raises ValueError if one of them cannot.
+        """
+        assert all(seat.call is None for seat in self._seats), "a call is still being carried out"
+        self._setup = ray.put(setup)
+        for seat in self._seats:
+            if seat.task is None:
+                self._assign(seat)
+        self.workers = self._wait_for_start()
+
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
         for seat in getattr(self, "_seats", []):
@@ -162,9 +176,16 @@ class Pool:
         self.close()
 
     def _start(self, seat: _Seat) -> None:
-        seat.actor = self._process(seat)
-        self._send(seat, "start")
+        seat.actor, seat.setup = self._process(seat), self._setup
+        if seat.place.shared is None:
+            self._send(seat, "start")
+        else:  # in a process that may be older than the setup
+            self._send(seat, "start", self._setup)
         seat.call = None
+
+    def _assign(self, seat: _Seat) -> None:
+        self._send(seat, "assign", self._setup)
+        seat.setup = self._setup
 
     def _process(self, seat: _Seat) -> Any:
         """A new process for a worker or, where several share one, the one its fellows have moved to."""
@@ -181,7 +202,7 @@ class Pool:
         if self._shared.get(place.shared) is seat.actor:  # none yet, or the one that died under this worker
             threads = sum(other.place.shared == place.shared for other in self._seats)
             processes = ray.remote(SimulatedWorkers).options(**options, max_concurrency=threads)
-            self._shared[place.shared] = processes.remote(self._setup)
+            self._shared[place.shared] = processes.remote()
         return self._shared[place.shared]
 
     def _send(self, seat: _Seat, method: str, *arguments: Any) -> None:
@@ -193,16 +214,20 @@ class Pool:
         seat.since = seat.noticed = time.monotonic()
 
     def _wait_for_start(self) -> list[dict[str, Any]]:
-        """Wait until every worker has started; what each says of itself."""
+        """Wait until every worker is ready for the present setup; what each says of itself."""
         described: dict[int, dict[str, Any]] = {}
         while len(described) < len(self._seats):
             starting = [seat for seat in self._seats if seat.index not in described]
             done, _ = ray.wait([seat.task for seat in starting], num_returns=1, timeout=TICK_S)
             for seat in [seat for seat in starting if seat.task in done]:
                 report = self._outcome(seat)
-                if report is not None:
+                if report is None:
+                    continue
+                seat.task, seat.failed_starts = None, 0
+                if seat.setup is self._setup:
                     described[seat.index] = report
-                    seat.task, seat.failed_starts = None, 0
+                else:  # a replacement, begun for the setup before
+                    self._assign(seat)
             self._watch(None)
         return [described[index] for index in range(len(self._seats))]
 

@@ -16,7 +16,6 @@ Shapes: n completions of an engine call, D = len(theta).
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.config import SimulatedEngineConfig
+from es_engine.spaces.lora import LoraSpace
 from rewards.base import Rollout, Score, VerifierSpec, judge_now
 from workers.actor import Worker, WorkerSetup
 from workers.chunks import Chunk, ChunkResult, Problem
@@ -58,6 +58,13 @@ class SimulatedEngine:
 
     def __init__(self, config: SimulatedEngineConfig, run_seed: int, dim: int) -> None:
         self._config = config
+        self._begin(run_seed, dim)
+
+    def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Make up the answers of another run from now on."""
+        self._begin(run_seed, space.dim)
+
+    def _begin(self, run_seed: int, dim: int) -> None:
         self._run_seed = run_seed
         self._dim = dim
         self._generation = 0
@@ -170,6 +177,9 @@ class InlineScorer:
         scores, self._scores = self._scores, {}
         return scores
 
+    def close(self) -> None:
+        """Nothing: there is no child."""
+
 
 class SimulatedWorker(Worker):
     """A worker with a simulated engine, for which there is no canary.
@@ -188,8 +198,11 @@ class SimulatedWorker(Worker):
         config = self._setup.config
         assert isinstance(config.engine, SimulatedEngineConfig)
         self._engine = SimulatedEngine(config.engine, config.seed, self._setup.space.dim)
-        self._scorer = InlineScorer(config.task.build().verifier)
-        return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": None}
+        self._open_task()
+        return self._described()
+
+    def _open_task(self) -> None:
+        self._scorer = InlineScorer(self._setup.config.task.build().verifier)
 
     def evaluate(
         self, chunk: Chunk, batch: Sequence[Problem], theta: Vector, version: int, ahead: Filling | None = None
@@ -206,13 +219,14 @@ class SimulatedWorker(Worker):
 class SimulatedWorkers:
     """The Ray actor of simulated workers: many in one process, each in a thread of its own while it works."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        self._setup = setup
+    def __init__(self) -> None:
         self._workers: dict[int, SimulatedWorker] = {}
         self._openings: dict[tuple[int, int], float] = {}
 
     def carry_out(self, index: int, method: str, *arguments: Any) -> Any:
-        """Have worker number `index` run a method of `Worker`; `start` makes the worker first."""
+        """Have worker number `index` run a method of `Worker`; `start` makes the worker first, from its argument."""
         if method == "start":
-            self._workers[index] = SimulatedWorker(self._setup, index, self._openings)
+            (setup,) = arguments
+            self._workers[index] = SimulatedWorker(setup, index, self._openings)
+            return self._workers[index].start()
         return getattr(self._workers[index], method)(*arguments)

@@ -58,12 +58,17 @@ class VllmEngine:
         arguments |= {"enable_sleep_mode": True} if self._rests else {}
         self._llm = LLM(model=str(model), **arguments)
         self._slots = slots
-        self._first_slot = 0
-        self._writes = 0
-        self._names: list[str] = []
+        self._writes = 0  # of all runs
         self._tokenizer = load_tokenizer(model)
         self._stop_tokens: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-        self._rpc("es_claim_slots", space, run_seed, slots, sets, cache_bytes)
+        self._rpc("es_claim_slots", slots, sets)
+        self.assign(space, run_seed, cache_bytes)
+
+    def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Hold members of another run from now on, in a space of the same matrices and rank."""
+        self._rpc("es_assign", space, run_seed, cache_bytes)
+        self._first_slot = 0
+        self._names: list[str] = []
 
     def set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""

@@ -40,23 +40,28 @@ class SlotExtension:
 
     model_runner: Any
 
-    def es_claim_slots(self, space: LoraSpace, run_seed: int, slots: int, sets: int, cache_bytes: int) -> None:
-        """Claim all slots for good, `sets` times `slots` of them, and write the factors that are not trained."""
+    def es_claim_slots(self, slots: int, sets: int) -> None:
+        """Claim all slots for good, `sets` times `slots` of them."""
         _claim_slots(self.model_runner.lora_manager, sets * slots)
+        self._es_slots, self._es_sets = slots, sets
+        self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
+        self._es_writing: Future[Filling] | None = None
+        cpu_tuning.keep_logits(self.model_runner.sampler)
+
+    def es_assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
+        """Make the slots those of a run, and write the factors that it does not train into all of them."""
+        self.es_settle()
         manager = self.model_runner.lora_manager._adapter_manager
         memory = grouped_lora.stack_slots(manager, shared=_untrained(space))
         self._es_space = space
-        self._es_slots, self._es_sets = slots, sets
         self._es_first = 0
         self._es_generation = -1
         self._es_ahead: Filling | None = None  # what the other set of slots already holds
         self._es_perturber = Perturber(run_seed, space.dim, cache_bytes)
         self._es_sum = np.empty(space.dim, dtype=np.float32)  # new memory would cost a page fault for every 4 KiB
-        self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
-        self._es_writing: Future[Filling] | None = None
         self._es_tensors = _find_slot_tensors(manager, space)
         for matrix, pair in zip(space.matrices, space.initial, strict=True):
-            for slot in range(sets * slots):
+            for slot in range(self._es_sets * self._es_slots):
                 _write(self._es_tensors[matrix.name, "A"], slot, torch.from_numpy(pair.a), 1.0)
                 _write(self._es_tensors[matrix.name, "B"], slot, torch.from_numpy(pair.b), space.scaling)
         places = [self._es_place(placement) for placement in space.placements]
@@ -66,7 +71,6 @@ class SlotExtension:
             else FusedWriter(places, space.rank, memory)
         )
         grouped_lora.pack_shared(manager)
-        cpu_tuning.keep_logits(self.model_runner.sampler)
 
     def es_set_center(self, theta: Vector) -> None:
         """Make theta, shape (D,), the center of the slots written from now on."""

@@ -12,6 +12,8 @@ from es_engine.config.method import (
     OpdMethodConfig,
     SftMethodConfig,
     TeacherConfig,
+    teacher_of,
+    uses_torch,
 )
 from es_engine.config.model import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from es_engine.config.optimizer import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
@@ -21,6 +23,7 @@ from es_engine.config.reflection import FieldDoc, field_docs
 from es_engine.config.root import Config
 from es_engine.config.schedule import Schedule
 from es_engine.config.space import LoraSpaceConfig
+from es_engine.config.stage import StageConfig
 from es_engine.config.tasks import (
     ArcTaskConfig,
     ChatTaskConfig,
@@ -70,6 +73,7 @@ __all__ = [
     "SgdConfig",
     "SimulatedEngineConfig",
     "SingleTurnTaskConfig",
+    "StageConfig",
     "SudokuTaskConfig",
     "TaskConfigModel",
     "TeacherConfig",
@@ -83,4 +87,6 @@ __all__ = [
     "load_task",
     "parse_config",
     "task_kinds",
+    "teacher_of",
+    "uses_torch",
 ]

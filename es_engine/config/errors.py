@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,12 +13,16 @@ from es_engine.config.base import ConfigError, in_yaml
 from es_engine.config.reflection import accepted_by, kinds_of, models_of, models_of_values, one_of
 
 
-def as_config_error(error: ValidationError, root: type[BaseModel], data: Mapping[str, Any]) -> ConfigError:
-    """One sentence a line for each field of `data` that `root` refuses."""
+def as_config_error(
+    error: ValidationError, root: type[BaseModel], data: Mapping[str, Any], copies: Collection[str] = ()
+) -> ConfigError:
+    """One sentence a line for each field of `data` that `root` refuses; at the dotted names of `copies` it holds again
+    what it holds elsewhere, of which nothing is said twice."""
     sentences: dict[str, str] = {}
     for detail in error.errors():
         path, sentence = _explain(detail, root, data)
-        sentences.setdefault(path, sentence)
+        if not any(f"{path}.".startswith(f"{copy}.") for copy in copies):
+            sentences.setdefault(path, sentence)
     return ConfigError("\n".join(sentences.values()))
 
 

@@ -15,6 +15,7 @@ from es_engine.config.base import ConfigError, ConfigModel, in_yaml
 from es_engine.config.errors import as_config_error
 from es_engine.config.reflection import default_kinds, kinds_of, models_of, one_of
 from es_engine.config.root import Config
+from es_engine.config.stage import StageConfig
 from es_engine.config.tasks import TaskConfig, TaskConfigModel
 from rewards.base import DIALECTS
 
@@ -59,11 +60,11 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     """The configuration of a mapping; relative paths start in the current directory. Raises ConfigError."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"the configuration: got {in_yaml(data)}, accepted is a mapping of {', '.join(_AXES)}")
-    resolved = _with_absolute_paths(dict(data), Path.cwd())
+    resolved, copies = _with_whole_stages(_with_absolute_paths(dict(data), Path.cwd()))
     try:
         return Config.model_validate(resolved)
     except ValidationError as error:
-        raise as_config_error(error, Config, resolved) from error
+        raise as_config_error(error, Config, resolved, copies) from error
 
 
 def dump_config(config: Config) -> str:
@@ -132,10 +133,26 @@ def _override_tree(overrides: Sequence[str]) -> Tree:
     return tree
 
 
+def _with_whole_stages(tree: Tree) -> tuple[Tree, set[str]]:
+    """The same mapping with the axes that a stage leaves out taken from the run, and those that the run leaves out from
+    its first stage; and the dotted names of all these copies."""
+    stages = tree.get("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        return tree, set()
+    axes = tuple(StageConfig.model_fields)
+    own = {axis: tree[axis] for axis in axes if axis in tree}
+    copies = {f"stages.{number}.{axis}" for number, stage in enumerate(stages) for axis in own.keys() - stage.keys()}
+    missing = {axis: stages[0][axis] for axis in axes if axis in stages[0] and axis not in own}
+    return {**tree, **missing, "stages": [own | stage for stage in stages]}, copies | missing.keys()
+
+
 def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
     """The same mapping with the paths of files absolute, each found in `folder` or else in the current directory."""
     for keys, absolute in _PATHS.items():
         tree = _with_absolute_path(tree, keys, absolute, folder)
+    if isinstance(tree.get("stages"), list):
+        stages = [_with_absolute_paths(each, folder) if isinstance(each, dict) else each for each in tree["stages"]]
+        tree = {**tree, "stages": stages}
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("reward"), dict):
         parts = {name: _part(part, folder) for name, part in task["reward"].items()}

@@ -10,11 +10,40 @@ from es_engine.config.base import ConfigModel, Fraction, NonNegativeFloat, Posit
 from es_engine.config.schedule import Schedule
 
 
+class TeacherConfig(ConfigModel):
+    """The model that is imitated."""
+
+    model: Text | None = Field(
+        default=None,
+        description="As model.source, with the vocabulary of the run's base model; null: that base model.",
+    )
+    adapter: Text | None = Field(
+        default=None, description="Folder of a PEFT adapter that the teacher wears; null: none."
+    )
+
+    @model_validator(mode="after")
+    def _is_not_the_student(self) -> Self:
+        if self.model is None and self.adapter is None:
+            raise problem("model", None, "a model, or null beside an adapter")
+        return self
+
+
 class EsMethodConfig(ConfigModel):
     """Evolution Strategies (Salimans et al., arXiv 1703.03864)."""
 
     kind: Literal["es"] = Field(
         default="es", description="Evolution Strategies: the fitness of a perturbed population."
+    )
+    fitness: Literal["reward", "teacher", "references"] = Field(
+        default="reward",
+        description="What members are compared by: the task's reward, how close they are to a teacher, or how likely "
+        "they find completions that are given.",
+    )
+    teacher: TeacherConfig | None = Field(default=None, description="With fitness teacher: the model that is imitated.")
+    data: Text | None = Field(
+        default=None,
+        description="With fitness references: demonstrations, prompt and completion or messages: a file (JSON lines or "
+        "a JSON list) or hub:owner/name@config:split; null: worked solutions of the task's training problems.",
     )
     population: Annotated[int, Field(ge=2)] = Field(default=32, description="Members evaluated in each generation.")
     mirrored: bool = Field(
@@ -28,7 +57,9 @@ class EsMethodConfig(ConfigModel):
         default="centered_rank",
         description="Fitness from rewards: ranks, standardised means, or rewards centred on each prompt's mean.",
     )
-    prompts: PositiveInt = Field(default=32, description="Prompts each member answers in a generation.")
+    prompts: PositiveInt = Field(
+        default=32, description="Prompts each member answers in a generation; with fitness references, demonstrations."
+    )
     sharing: Literal["population", "pair", "member"] = Field(
         default="population",
         description="Who answers the same prompts: everyone, each mirrored pair, or each member its own.",
@@ -51,6 +82,26 @@ class EsMethodConfig(ConfigModel):
             raise problem("sharing", self.sharing, "population or member while mirrored is false")
         if self.shaping == "per_prompt" and self.sharing != "population":
             raise problem("shaping", self.shaping, f"centered_rank or zscore while sharing is {self.sharing}")
+        return self
+
+    @model_validator(mode="after")
+    def _fitness_has_what_it_needs(self) -> Self:
+        if self.fitness == "teacher" and self.teacher is None:
+            raise problem("teacher", None, "a mapping of model and adapter while fitness is teacher")
+        if self.fitness != "teacher" and self.teacher is not None:
+            raise problem("teacher", self.teacher.model_dump(), f"null while fitness is {self.fitness}")
+        if self.fitness != "references" and self.data is not None:
+            raise problem("data", self.data, f"null while fitness is {self.fitness}")
+        return self
+
+    @model_validator(mode="after")
+    def _completions_are_a_sample_of_what_is_compared(self) -> Self:
+        if self.fitness == "teacher" and self.temperature != 1:
+            raise problem("temperature", self.temperature, "1 while fitness is teacher")
+        if self.fitness == "teacher" and self.top_p != 1:
+            raise problem("top_p", self.top_p, "1 while fitness is teacher")
+        if self.fitness == "references" and self.temperature != 0:
+            raise problem("temperature", self.temperature, "0 while fitness is references, for nothing is sampled")
         return self
 
     @model_validator(mode="after")
@@ -139,24 +190,6 @@ class GrpoMethodConfig(PolicyMethodConfig):
         return self.scale_rewards or ("none" if self.loss == "dr_grpo" else "std")
 
 
-class TeacherConfig(ConfigModel):
-    """The model that is imitated."""
-
-    model: Text | None = Field(
-        default=None,
-        description="As model.source, with the vocabulary of the run's base model; null: that base model.",
-    )
-    adapter: Text | None = Field(
-        default=None, description="Folder of a PEFT adapter that the teacher wears; null: none."
-    )
-
-    @model_validator(mode="after")
-    def _is_not_the_student(self) -> Self:
-        if self.model is None and self.adapter is None:
-            raise problem("model", None, "a model, or null beside an adapter")
-        return self
-
-
 class OpdMethodConfig(PolicyMethodConfig):
     """On-policy distillation (Agarwal et al., arXiv 2306.13649; Lu and Thinking Machines Lab, 2025)."""
 
@@ -229,3 +262,13 @@ MethodConfig = Annotated[
     EsMethodConfig | GrpoMethodConfig | OpdMethodConfig | SftMethodConfig | DpoMethodConfig,
     Field(discriminator="kind"),
 ]
+
+
+def teacher_of(method: MethodConfig) -> TeacherConfig | None:
+    """The teacher that a method learns from, if any."""
+    return method.teacher if isinstance(method, EsMethodConfig | OpdMethodConfig) else None
+
+
+def uses_torch(method: MethodConfig) -> bool:
+    """Whether workers also hold a model in torch for it, which on a GPU takes turns with the engine."""
+    return not isinstance(method, EsMethodConfig) or method.teacher is not None

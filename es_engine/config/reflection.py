@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -66,19 +66,29 @@ def default_kinds(root: type[BaseModel]) -> dict[str, str]:
     return kinds
 
 
-def field_docs(model: type[BaseModel], prefix: str = "", kind: str | None = None) -> Iterator[FieldDoc]:
-    """Every field on the axes of a model, depth first, in the order of definition."""
+def field_docs(root: type[BaseModel]) -> Iterator[FieldDoc]:
+    """Every field on the axes of a model, depth first, in the order of definition; an axis that comes again within
+    another is not gone through again."""
+    axes = {axis for info in root.model_fields.values() for axis in models_of(info.annotation)}
+    return _field_docs(root, axes, "", None)
+
+
+def _field_docs(
+    model: type[BaseModel], axes: Collection[type[BaseModel]], prefix: str, kind: str | None
+) -> Iterator[FieldDoc]:
     for name, info in model.model_fields.items():
-        models = models_of(info.annotation)
-        is_axis = models and not prefix
+        models, values = models_of(info.annotation), models_of_values(info.annotation)
+        is_axis = (models or values) and not prefix
         if not is_axis:
             yield FieldDoc(prefix + name, kind, accepted_by(info), _default(info), info.description or "")
         for inner in models:
-            # A schedule belongs to the kind of its axis; its own kinds share all fields.
-            yield from field_docs(inner, f"{prefix}{name}.", kind or next(iter(kinds_of(inner)), None))
-        for inner in models_of_values(info.annotation):
+            if not prefix or inner not in axes:
+                # A schedule belongs to the kind of its axis; its own kinds share all fields.
+                inner_kind = kind or next(iter(kinds_of(inner)), None)
+                yield from _field_docs(inner, axes, f"{prefix}{name}.", inner_kind)
+        for inner in values:
             place = "N" if get_origin(info.annotation) is tuple else "NAME"
-            yield from field_docs(inner, f"{prefix}{name}.{place}.", kind)
+            yield from _field_docs(inner, axes, f"{prefix}{name}.{place}.", kind)
 
 
 def _default(info: FieldInfo) -> str | None:

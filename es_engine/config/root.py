@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from es_engine.config.base import ConfigModel, Seed, problem
+from es_engine.config.base import Seed, problem
 from es_engine.config.budget import BudgetConfig
 from es_engine.config.engine import EngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.method import DpoMethodConfig, EsMethodConfig, MethodConfig, SftMethodConfig
+from es_engine.config.method import DpoMethodConfig, EsMethodConfig, MethodConfig, uses_torch
 from es_engine.config.model import ModelConfig, TinyModelConfig
 from es_engine.config.optimizer import OptimizerConfig
 from es_engine.config.pool import PoolConfig
-from es_engine.config.reflection import default_kinds
 from es_engine.config.space import LoraSpaceConfig
+from es_engine.config.stage import AxesConfig, StageConfig
 from es_engine.config.tasks import CountdownTaskConfig, MultiTurnTaskConfig, TaskConfig
 from es_engine.config.telemetry import TelemetryConfig
 
@@ -23,7 +23,7 @@ VLLM_MAX_RANK = 512  # vllm.config.lora.MaxLoRARanks
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
-class Config(ConfigModel):
+class Config(AxesConfig):
     """Everything a run depends on."""
 
     name: Name = Field(description="Name of the run and, under runs/, of its folder.")
@@ -36,49 +36,31 @@ class Config(ConfigModel):
     pool: PoolConfig = Field(default=PoolConfig(), description="The workers and where they run.")
     engine: EngineConfig = Field(default=VllmEngineConfig(), description="What generates the completions.")
     budget: BudgetConfig = Field(description="When the run ends.")
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Methods that follow one another on the same theta, each with its optimizer and budget; what one "
+        "leaves out is that of the run, which needs none that all stages have.",
+    )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How the center is measured.")
     telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="How the run is watched.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_kinds(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kinds = default_kinds(cls)
-        return {
-            key: {"kind": kinds[key], **value} if key in kinds and isinstance(value, dict) else value
-            for key, value in data.items()
-        }
+    @property
+    def by_stage(self) -> tuple[Config, ...]:
+        """The stages, each as the config of a run that has none; of a run without stages it is the config itself."""
+        return tuple(
+            self.model_copy(
+                update={"stages": (), "method": stage.method, "optimizer": stage.optimizer, "budget": stage.budget}
+            )
+            for stage in self.stages
+        ) or (self,)
 
     @model_validator(mode="after")
-    def _pairs_stay_in_one_chunk(self) -> Self:
-        mirrored = isinstance(self.method, EsMethodConfig) and self.method.mirrored
-        if mirrored and self.engine.chunk != "auto" and self.engine.chunk % 2:
-            raise problem("engine.chunk", self.engine.chunk, "an even number while method.mirrored is true")
-        return self
-
-    @model_validator(mode="after")
-    def _gradients_have_a_model_and_one_turn(self) -> Self:
-        kind = self.method.kind
-        if kind == "es":
-            return self
-        if isinstance(self.engine, SimulatedEngineConfig):
-            raise problem("engine.kind", self.engine.kind, f"vllm or hf while method.kind is {kind}")
-        if isinstance(self.task, MultiTurnTaskConfig):
-            raise problem("task.kind", self.task.kind, f"a task of one turn while method.kind is {kind}")
-        if self.pool.tensor_parallel > 1:
-            raise problem("pool.tensor_parallel", self.pool.tensor_parallel, f"1 while method.kind is {kind}")
-        return self
-
-    @model_validator(mode="after")
-    def _the_budget_ends(self) -> Self:
-        method, others = self.method, self.budget.model_dump(exclude={"tokens"}).values()
-        silent = isinstance(method, SftMethodConfig) or (
-            isinstance(method, DpoMethodConfig) and method.data is not None
-        )
-        if silent and all(limit is None for limit in others):
-            accepted = f"another limit beside it, for {method.kind} generates no tokens"
-            raise problem("budget.tokens", self.budget.tokens, accepted)
+    def _every_stage_is_possible(self) -> Self:
+        for number, config in enumerate(self.by_stage):
+            where = f"stages.{number}." if self.stages else ""
+            _check_pairs(config, where)
+            _check_gradients(config, where)
+            _check_budget(config, where)
         return self
 
     @model_validator(mode="after")
@@ -106,3 +88,40 @@ class Config(ConfigModel):
         if wanted is not None and length is not None and wanted >= length:
             raise problem("task.max_tokens", wanted, f"less than engine.max_model_len ({length})")
         return self
+
+
+def _check_pairs(config: Config, where: str) -> None:
+    """Raises ValueError where a mirrored pair would not stay in one chunk; `where` leads to the stage's fields."""
+    mirrored = isinstance(config.method, EsMethodConfig) and config.method.mirrored
+    if mirrored and config.engine.chunk != "auto" and config.engine.chunk % 2:
+        raise problem("engine.chunk", config.engine.chunk, f"an even number while {where}method.mirrored is true")
+
+
+def _check_gradients(config: Config, where: str) -> None:
+    """Raises ValueError where a method learns from a model's own words without a model, in games, or across devices."""
+    method = config.method
+    source = f"{where}method.kind is {method.kind}"
+    if isinstance(method, EsMethodConfig):
+        if method.fitness == "reward":
+            return
+        source = f"{where}method.fitness is {method.fitness}"
+    if isinstance(config.engine, SimulatedEngineConfig):
+        raise problem("engine.kind", config.engine.kind, f"vllm or hf while {source}")
+    if isinstance(config.task, MultiTurnTaskConfig):
+        raise problem("task.kind", config.task.kind, f"a task of one turn while {source}")
+    if config.pool.tensor_parallel > 1 and uses_torch(method):
+        raise problem("pool.tensor_parallel", config.pool.tensor_parallel, f"1 while {source}")
+
+
+def _check_budget(config: Config, where: str) -> None:
+    """Raises ValueError where a method spends nothing of what its budget limits."""
+    method, others = config.method, config.budget.model_dump(exclude={"tokens"}).values()
+    silent = {
+        "es": isinstance(method, EsMethodConfig) and method.fitness == "references",
+        "sft": True,
+        "dpo": isinstance(method, DpoMethodConfig) and method.data is not None,
+    }
+    if silent.get(method.kind, False) and all(limit is None for limit in others):
+        source = f"{method.kind} with fitness references" if method.kind == "es" else method.kind
+        accepted = f"another limit beside it, for {source} generates no tokens"
+        raise problem(f"{where}budget.tokens", config.budget.tokens, accepted)

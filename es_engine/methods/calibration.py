@@ -15,7 +15,6 @@ import numpy as np
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner
 from es_engine.methods.es import EvolutionStrategies
-from es_engine.methods.rollouts import evaluate, mean_of_samples, total_costs
 from workers.chunks import Chunk, Problem
 from workers.engine import CENTER
 
@@ -46,19 +45,19 @@ def calibrate(
     center = _center_chunk(probe)
     groups = [probe.chunks(FIRST_PROBE + number, sigma) for number, sigma in enumerate(config.probe_sigmas)]
     everything = [center, *(chunk for group in groups for chunk in group)]
-    results = evaluate(pool, everything, batch, theta, version)
-    rows = iter(results)
-    center_mean = float(np.nanmean(mean_of_samples(next(rows).rewards)))
-    probes = []
-    for sigma, group in zip(config.probe_sigmas, groups, strict=True):
-        values = shaping.fitness(np.concatenate([mean_of_samples(next(rows).rewards) for _ in group]))
-        probes.append(Probe(sigma, float(np.nanmean(values)), shaping.spread(values) or 0.0, size))
+    measured = probe.fitness.measure(pool, everything, batch, theta, version)
+    center_mean = float(np.nanmean(measured.fitness[0]))
+    values = shaping.fitness(measured.fitness[1:]).reshape(len(groups), size)
+    probes = [
+        Probe(sigma, float(np.nanmean(row)), shaping.spread(row) or 0.0, size)
+        for sigma, row in zip(config.probe_sigmas, values, strict=True)
+    ]
     return {
         "sigma": choose(probes, center_mean),
         "center_mean": center_mean,
         "probes": [{"sigma": probe.sigma, "mean": probe.mean, "spread": probe.spread} for probe in probes],
-        "tokens": int(sum(result.tokens.sum() for result in results)),
-        "costs": total_costs(results).to_json(),
+        "tokens": measured.costs.generated,
+        "costs": measured.costs.to_json(),
     }
 
 
@@ -75,7 +74,7 @@ def choose(probes: Sequence[Probe], center_mean: float) -> float:
     if not fit:
         tried = ", ".join(f"{probe.sigma:g}" for probe in probes)
         raise ValueError(
-            f"method.sigma: auto found no sigma among {tried} that changes the reward without lowering its mean; "
+            f"method.sigma: auto found no sigma among {tried} that changes the fitness without lowering its mean; "
             "give a number, or method.probe_sigmas of another size"
         )
     return max(fit, key=lambda probe: probe.spread).sigma

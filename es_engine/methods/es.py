@@ -26,8 +26,8 @@ from es_engine.costs import Costs
 from es_engine.methods import population as populations
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
-from es_engine.methods.rollouts import evaluate, figures, mean, mean_of_samples, total_costs
-from workers.chunks import Chunk, ChunkResult, Problem
+from es_engine.methods.fitness import Fitness, RewardFitness
+from workers.chunks import Chunk, Problem
 from workers.engine import Member, Sampling, Vector
 from workers.pool import Call
 
@@ -49,12 +49,21 @@ class Estimate:
 
 
 class EvolutionStrategies:
-    """The `es` method: rewards of a perturbed population to a direction."""
+    """The `es` method: the fitness of a perturbed population to a direction."""
 
-    def __init__(self, config: EsMethodConfig, *, chunk: int, sampling: Sampling, sigma: float | None = None) -> None:
-        """`sigma` is that of the beginning, None as long as it is to be calibrated."""
+    def __init__(
+        self,
+        config: EsMethodConfig,
+        *,
+        chunk: int,
+        sampling: Sampling,
+        sigma: float | None = None,
+        fitness: Fitness | None = None,
+    ) -> None:
+        """`sigma` is that of the beginning, None as long as it is to be calibrated; `fitness` None is the reward."""
         assert not (config.mirrored and chunk % 2), "a mirrored pair lies in one chunk"
         self.config = config
+        self.fitness = fitness or RewardFitness()
         self.batch_size = populations.batch_size(config)
         self.chunk = self.slots = chunk
         self._sampling = sampling
@@ -67,7 +76,7 @@ class EvolutionStrategies:
             pool,
             pool.put(theta),
             version=step,
-            batch=problems("train", range(step * self.batch_size, (step + 1) * self.batch_size)),
+            batch=self.fitness.batch(range(step * self.batch_size, (step + 1) * self.batch_size), problems),
             generation=step,
             sigma=self._sigma * self.config.sigma_schedule.factor(progress),
         )
@@ -82,11 +91,18 @@ class EvolutionStrategies:
         started = time.perf_counter()
         chunks = self.chunks(generation, sigma)
         after = self.chunks(generation + 1, sigma)
-        results = evaluate(pool, chunks, batch, theta, version, after)
+        measured = self.fitness.measure(pool, chunks, batch, theta, version, after)
         evaluated = time.perf_counter()
-        record = _record(chunks, results, batch, sigma)
-        workers = [result.worker for result in results]
-        costs = total_costs(results)
+        record = {
+            "sigma": sigma,
+            "members": [[member.pair, member.sign] for chunk in chunks for member in chunk.members],
+            "chunks": [len(chunk.members) for chunk in chunks],
+            "prompts": [problem.example.id for problem in batch],
+            "fitness_spread": shaping.spread(shaping.fitness(measured.fitness)),
+            **measured.record,
+        }
+        workers = [result.worker for result in measured.results]
+        costs = measured.costs
 
         def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
             nonlocal costs
@@ -118,16 +134,25 @@ class EvolutionStrategies:
 
     def with_population(self, size: int) -> EvolutionStrategies:
         """The same method with `size` members that all answer the same prompts."""
-        config = self.config.model_copy(update={"population": size, "sharing": "population"})
-        return EvolutionStrategies(config, chunk=self.chunk, sampling=self._sampling, sigma=self._sigma)
+        return self._with(config=self.config.model_copy(update={"population": size, "sharing": "population"}))
 
     def with_chunk(self, size: int) -> EvolutionStrategies:
         """The same method with `size` members in a chunk."""
-        return EvolutionStrategies(self.config, chunk=size, sampling=self._sampling, sigma=self._sigma)
+        return self._with(chunk=size)
 
     def with_sigma(self, sigma: float) -> EvolutionStrategies:
         """The same method, beginning at this sigma."""
-        return EvolutionStrategies(self.config, chunk=self.chunk, sampling=self._sampling, sigma=sigma)
+        return self._with(sigma=sigma)
+
+    def _with(self, **changes: Any) -> EvolutionStrategies:
+        same: dict[str, Any] = {
+            "config": self.config,
+            "chunk": self.chunk,
+            "sampling": self._sampling,
+            "sigma": self._sigma,
+            "fitness": self.fitness,
+        }
+        return EvolutionStrategies(**same | changes)
 
     def chunks(self, generation: int, sigma: float) -> list[Chunk]:
         """The generation's chunks: a function of the config alone, not of the workers."""
@@ -149,8 +174,9 @@ class EvolutionStrategies:
         noise_sums: Callable[[Sequence[tuple[Chunk, list[float]]]], Iterable[Vector]],
     ) -> Vector | None:
         everyone = [member for chunk in chunks for member in chunk.members]
-        rewards = whole_pairs(np.array(record["rewards"], dtype=np.float64), everyone)
-        weights = shaping.shape(rewards, self.config.shaping)
+        compared = record["fitness"] if "fitness" in record else record["rewards"]
+        fitness = whole_pairs(np.array(compared, dtype=np.float64), everyone)
+        weights = shaping.shape(fitness, self.config.shaping)
         if weights is None:
             return None
         by_pair: defaultdict[int, float] = defaultdict(float)
@@ -160,36 +186,16 @@ class EvolutionStrategies:
         total = np.float32(0) + next(sums)  # a copy: what workers send is read only
         for chunk_sum in sums:
             total += chunk_sum
-        present = int((~np.isnan(shaping.fitness(rewards))).sum())
+        present = int((~np.isnan(shaping.fitness(fitness))).sum())
         total *= np.float32(sigma / present)
         return total
 
 
-def whole_pairs(rewards: Array, members: Sequence[Member]) -> Array:
-    """Rewards (N, P) with a member without any score taken out together with its mirror image."""
-    missing = {member.pair for member, row in zip(members, rewards, strict=True) if np.isnan(row).all()}
-    kept = rewards.copy()
+def whole_pairs(fitness: Array, members: Sequence[Member]) -> Array:
+    """Fitness (N, P) with a member without any score taken out together with its mirror image."""
+    missing = {member.pair for member, row in zip(members, fitness, strict=True) if np.isnan(row).all()}
+    kept = fitness.copy()
     for place, member in enumerate(members):
         if member.pair in missing:
             kept[place] = np.nan
     return kept
-
-
-def _record(
-    chunks: Sequence[Chunk], results: Sequence[ChunkResult], batch: Sequence[Problem], sigma: float
-) -> dict[str, Any]:
-    """What the ledger keeps of a generation: everything that a replay or a reader needs, as plain JSON data."""
-    rewards = np.concatenate([mean_of_samples(result.rewards) for result in results])
-    values = shaping.fitness(rewards)
-    return {
-        "sigma": sigma,
-        "members": [[member.pair, member.sign] for chunk in chunks for member in chunk.members],
-        "chunks": [len(chunk.members) for chunk in chunks],
-        "prompts": [problem.example.id for problem in batch],
-        "rewards": [[None if np.isnan(value) else value for value in row] for row in rewards.tolist()],
-        "reward_mean": mean(values),
-        "reward_best": float(np.nanmax(values)) if not np.isnan(values).all() else None,
-        "fitness_spread": shaping.spread(values),
-        "constant_members": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
-        **figures(results),
-    }

@@ -10,7 +10,6 @@ Shapes: P prompts, n completions of each, T tokens of a completion, D = len(thet
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -73,12 +72,10 @@ class Grpo:
 
     def step(self, pool: CallRunner, theta: Vector, step: int, progress: float, problems: Problems) -> Directions:
         """Completions of a batch of prompts, and an update for each of its minibatches in each epoch."""
-        started = time.perf_counter()
         config = self.config
         batch = problems("train", range(step * config.prompts, (step + 1) * config.prompts))
         shared = pool.put(theta)
         rollouts = policy.roll_out(pool, shared, step, batch, self._sampling, config.chunk)
-        rolled_out = time.perf_counter()
         samples = self._samples(rollouts)
         spent = total_costs(rollouts.results)
         if config.updates > 1:
@@ -87,8 +84,6 @@ class Grpo:
             spent += costs
         found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
-        record["times"]["rollouts"] = rolled_out - started
-        record["times"]["update"] = time.perf_counter() - rolled_out
         return Report(record, spent + self._updates.costs(found, with_base=config.beta > 0))
 
     def _samples(self, rollouts: policy.Rollouts) -> list[Sample]:

@@ -14,7 +14,6 @@ Shapes: P prompts, n completions of each, T tokens of a completion, D = len(thet
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,12 +81,10 @@ class Opd:
 
     def step(self, pool: CallRunner, theta: Vector, step: int, progress: float, problems: Problems) -> Directions:
         """Completions of a batch of prompts, and an update for each of its minibatches in each epoch."""
-        started = time.perf_counter()
         config = self.config
         batch = problems("train", range(step * config.prompts, (step + 1) * config.prompts))
         shared = pool.put(theta)
         rollouts = policy.roll_out(pool, shared, step, batch, self._sampling, config.chunk)
-        rolled_out = time.perf_counter()
         samples = [
             Sample(problem.prompt_ids, completion.token_ids, policy.sampled_logprobs(completion))
             for problem, completion in zip(rollouts.asked, rollouts.completions, strict=True)
@@ -101,8 +98,6 @@ class Opd:
         if config.form == "exact":
             spent += costs_of(self._teacher_parameters, sum(each.tokens for each in found))
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
-        record["times"]["rollouts"] = rolled_out - started
-        record["times"]["update"] = time.perf_counter() - rolled_out
         return Report(record, spent)
 
     def _judged(

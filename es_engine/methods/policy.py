@@ -6,6 +6,7 @@ Shapes: P prompts, n completions of each, T tokens of a completion.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ from workers.samples import Sample, Value
 @dataclass(frozen=True, slots=True)
 class Rollouts:
     """Completions of a batch of problems and their rewards, (P, n), NaN where there is none; `completions` go problem
-    by problem."""
+    by problem. They were begun and done at these times of `time.perf_counter`."""
 
     problems: list[Problem]
     rewards: npt.NDArray[np.float64]
     completions: list[Completion]
     results: list[ChunkResult]
+    begun: float
+    done: float
 
     @property
     def asked(self) -> list[Problem]:
@@ -44,6 +47,7 @@ def roll_out(
     pool: CallRunner, theta: Any, step: int, problems: Sequence[Problem], sampling: Sampling, chunk: int
 ) -> Rollouts:
     """Draw completions at the center theta (as the pool shares it), `chunk` problems in one engine call."""
+    begun = time.perf_counter()
     chunks = [
         Chunk(
             generation=step,
@@ -62,6 +66,8 @@ def roll_out(
         rewards=np.concatenate([result.rewards[0] for result in results]),
         completions=[completion for result in results for completion in _completions(result)],
         results=results,
+        begun=begun,
+        done=time.perf_counter(),
     )
 
 
@@ -105,15 +111,17 @@ def sampled_logprobs(completion: Completion) -> dict[str, Value]:
 
 
 def record(rollouts: Rollouts) -> dict[str, Any]:
-    """What the ledger keeps of them, as plain JSON data."""
+    """What the ledger keeps of the rollouts of a step that ends now, as plain JSON data."""
     rewards = rollouts.rewards
-    return {
+    kept = {
         "prompts": [problem.example.id for problem in rollouts.problems],
         "rewards": [[None if np.isnan(value) else value for value in row] for row in rewards.tolist()],
         "reward_mean": mean(rewards.ravel()),
         "constant_groups": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
         **figures(rollouts.results),
     }
+    kept["times"] |= {"rollouts": rollouts.done - rollouts.begun, "update": time.perf_counter() - rollouts.done}
+    return kept
 
 
 def _completions(result: ChunkResult) -> list[Completion]:

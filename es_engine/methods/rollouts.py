@@ -68,9 +68,12 @@ def _check_scored(results: Sequence[ChunkResult]) -> None:
 
 
 def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
-    """The most tokens a chunk can take: those of its prompts, and of answers as long as they may be."""
+    """The most tokens a chunk can take: those of its prompts, and of references or answers as long as they may be."""
     answer = chunk.sampling.samples * chunk.sampling.max_tokens
-    return sum(len(batch[place].prompt_ids) + answer for places in chunk.problems for place in places)
+    lengths = [
+        len(problem.prompt_ids) + (answer if problem.reference is None else len(problem.reference)) for problem in batch
+    ]
+    return sum(lengths[place] for places in chunk.problems for place in places)
 
 
 def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:

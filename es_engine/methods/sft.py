@@ -26,8 +26,9 @@ from workers.completions import Completions
 from workers.engine import Vector
 from workers.gradient import Batch, Outputs
 
-Demonstrations = Callable[[Sequence[int], Problems], list[tuple[Problem, str]]]
-"""Demonstrations by number, from 0 without end: problems and what to answer. `Problems` are the task's."""
+Demonstrations = Callable[[Sequence[int], Problems], list[tuple[Problem, str | None]]]
+"""Demonstrations by number, from 0 without end: problems and what to answer, None where the task knows no solution.
+`Problems` are the task's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,11 @@ class Sft:
         self._updates = updates
 
     def step(self, pool: CallRunner, theta: Vector, step: int, progress: float, problems: Problems) -> Directions:
-        """One update from a batch of demonstrations; none where the task has solved none of its problems."""
+        """One update from a batch of demonstrations, less those without a solution; none where no problem has one."""
         started = time.perf_counter()
         batch = self.config.batch
-        demonstrations = self._demonstrations(range(step * batch, (step + 1) * batch), problems)
+        numbered = self._demonstrations(range(step * batch, (step + 1) * batch), problems)
+        demonstrations = [(problem, completion) for problem, completion in numbered if completion is not None]
         samples = [self._completions.sample(problem, completion) for problem, completion in demonstrations]
         found: list[Gradient] = []
         if samples:
@@ -75,13 +77,13 @@ class Sft:
 
 
 def demonstrations(
-    config: SftMethodConfig, seed: int, task: SingleTurnTask, completions: Completions
+    data: str | None, batch: int, seed: int, task: SingleTurnTask, completions: Completions
 ) -> Demonstrations:
-    """The demonstrations of `config.data` or, without it, of the task. Raises ValueError, naming method.data, for those
-    that are none or that the model cannot learn."""
-    if config.data is None:
-        return _worked_solutions(task, config.batch)
-    return _filed(config.data, seed, completions)
+    """The demonstrations of method.data or, without it, of the task, of which there are `batch` in a step. Raises
+    ValueError, naming method.data, for those that are none or that the model cannot learn."""
+    if data is None:
+        return _worked_solutions(task, batch)
+    return _filed(data, seed, completions)
 
 
 def _filed(source: str, seed: int, completions: Completions) -> Demonstrations:
@@ -92,7 +94,7 @@ def _filed(source: str, seed: int, completions: Completions) -> Demonstrations:
         completions.check(row.example, row.completion)
     order = EpochOrder(len(rows), seed, "demonstrations")
 
-    def numbered(numbers: Sequence[int], problems: Problems) -> list[tuple[Problem, str]]:
+    def numbered(numbers: Sequence[int], problems: Problems) -> list[tuple[Problem, str | None]]:
         chosen = [rows[order[number]] for number in numbers]
         return [(completions.problem(row.example), row.completion) for row in chosen]
 
@@ -100,17 +102,17 @@ def _filed(source: str, seed: int, completions: Completions) -> Demonstrations:
 
 
 def _worked_solutions(task: SingleTurnTask, batch: int) -> Demonstrations:
-    """A problem of which the task knows no solution is left out."""
     if all(_solution(task, number) is None for number in range(batch)):
         raise ValueError(
             f"method.data: got null, and the task knows no solution of its first {batch} problems; accepted is a file "
             "of demonstrations"
         )
 
-    def numbered(numbers: Sequence[int], problems: Problems) -> list[tuple[Problem, str]]:
-        solutions = {number: _solution(task, number) for number in numbers}
-        solved = {number: solution for number, solution in solutions.items() if solution is not None}
-        return list(zip(problems("train", list(solved)), solved.values(), strict=True))
+    def numbered(numbers: Sequence[int], problems: Problems) -> list[tuple[Problem, str | None]]:
+        return [
+            (problem, _solution(task, number))
+            for number, problem in zip(numbers, problems("train", numbers), strict=True)
+        ]
 
     return numbered
 

@@ -63,10 +63,9 @@ class RunData:
 
     @property
     def method(self) -> str:
-        """The method, with its variant where there are several."""
-        method = self.config.get("method") or {}
-        kind = str(method.get("kind", "es"))
-        return f"{kind} ({method['loss']})" if method.get("loss", kind) != kind else kind
+        """The method, or those of the stages, with their variants."""
+        stages = self.config.get("stages") or [self.config]
+        return " → ".join(_method_name(stage.get("method") or {}) for stage in stages)
 
     @property
     def seed(self) -> int:
@@ -191,19 +190,25 @@ def step_figures(line: Line) -> dict[str, float]:
         constant = line.get("constant_members", line.get("constant_groups"))
         named["constant"] = None if constant is None else constant / len(line["rewards"])
     if "members" in line:
-        named |= _prefixed("population", population(line["rewards"]))
+        named |= _prefixed("population", population(line["fitness"] if "fitness" in line else line["rewards"]))
     return {name: float(value) for name, value in named.items() if value is not None}
 
 
-def population(rewards: Sequence[Sequence[float | None]]) -> dict[str, float]:
-    """Quantiles over members of their mean rewards; nothing where no member has any."""
-    table = np.array(rewards, dtype=np.float64)  # None becomes NaN
+def population(fitness: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """Quantiles over members of their mean fitness, given by member and problem; nothing where no member has any."""
+    table = np.array(fitness, dtype=np.float64)  # None becomes NaN
     scored = ~np.isnan(table)
     members = scored.any(axis=1)
     if not members.any():
         return {}
     means = np.nan_to_num(table[members]).sum(axis=1) / scored[members].sum(axis=1)
     return dict(zip(QUANTILES, np.quantile(means, list(QUANTILES.values())), strict=True))
+
+
+def _method_name(method: Mapping[str, Any]) -> str:
+    kind = str(method.get("kind", "es"))
+    variant = method.get("loss", method.get("fitness", "reward"))
+    return kind if variant in (kind, "reward") else f"{kind} ({variant})"
 
 
 def _is_run(path: Path) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from es_engine.config.base import flat
 from es_engine.report.curves import Array, Curve, Points
 from es_engine.report.data import AXES, MEASURES, RunData, RunGroup, group_runs, read_run
 from es_engine.report.plots import Bars, Plot, plots
@@ -190,7 +191,7 @@ def _model_name(model: Mapping[str, Any]) -> str:
 
 def config_differences(groups: Sequence[RunGroup]) -> Table:
     """The fields in which runs differ, with the values of each group."""
-    flat = [[_flat(run.config) for run in group.runs] for group in groups]
+    flat = [[_fields(run.config) for run in group.runs] for group in groups]
     everyone = [fields for group in flat for fields in group]
     names = dict.fromkeys(name for fields in everyone for name in fields)
     differing = [name for name in names if name != "name" and len({fields.get(name, "—") for fields in everyone}) > 1]
@@ -229,14 +230,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        return {
-            key: text
-            for part, inner in value.items()
-            for key, text in _flat(inner, f"{name}.{part}" if name else str(part)).items()
-        }
-    return {name: value if isinstance(value, str) else json.dumps(value)}
+def _fields(config: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a config by their dotted names, as text."""
+    stages = {str(number): stage for number, stage in enumerate(config.get("stages") or ())}
+    fields = flat({**config, "stages": stages})
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields}
 
 
 class _Arrays:

@@ -87,12 +87,12 @@ def _population(groups: Sequence[RunGroup]) -> Plot:
                 continue
             bands = ((figures["lowest"], figures["highest"]), (figures["lower quarter"], figures["upper quarter"]))
             found = curve(label, style, [Series(label, _after_steps(run), figures["median"], bands)])
-            variants.append(_variant(label, "Reward of members", [found]))
+            variants.append(_variant(label, "Fitness of members", [found]))
     return Plot(
         "population",
         "Population",
-        "Rewards of the members of each ES generation: the median, the middle half (dark band), and all from the worst "
-        "to the best (light band).",
+        "Fitness of the members of each ES generation, their mean reward unless the method says otherwise: the "
+        "median, the middle half (dark band), and all from the worst to the best (light band).",
         _variants(*variants),
     )
 

@@ -113,12 +113,12 @@ class LoraSpace:
     def start(self) -> Array:
         """theta before training, shape (D,): zeros, but for an A that is trained beside B or an adapter to start
         from."""
-        theta = np.empty(self.dim, dtype=np.float32)
-        initial = dict(zip(self.matrices, self.initial, strict=True))
-        for place in self.placements:
-            pair = initial[place.matrix]
-            theta[place.start : place.stop] = (pair.b if place.factor == "B" else pair.a).ravel() / place.scale
-        return theta
+        return self._coordinates({matrix.name: pair for matrix, pair in zip(self.matrices, self.initial, strict=True)})
+
+    def converted(self, theta: Array, other: LoraSpace) -> Array:
+        """theta (D,) of another space that differs in nothing but its units, in the units of this one: the same
+        adapter, as far as float32 holds it."""
+        return theta if other.units == self.units else self._coordinates(other.adapter(theta))
 
     def adapter(self, theta: Array) -> dict[str, Pair]:
         """The PEFT tensors of theta by module name. Factors that are not trained are shared, not copied."""
@@ -152,6 +152,14 @@ class LoraSpace:
             inference_mode=True,
         ).save_pretrained(folder)
         _sort_targets(folder / "adapter_config.json")
+
+    def _coordinates(self, adapter: Mapping[str, Pair]) -> Array:
+        """The theta of an adapter's trained factors."""
+        theta = np.empty(self.dim, dtype=np.float32)
+        for place in self.placements:
+            pair = adapter[place.matrix.name]
+            theta[place.start : place.stop] = (pair.b if place.factor == "B" else pair.a).ravel() / place.scale
+        return theta
 
     def _place(self) -> list[Placement]:
         placements: list[Placement] = []
