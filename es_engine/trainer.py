@@ -23,6 +23,7 @@ from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
+from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
 from es_engine.session import Materials, Session, gather, sampling
@@ -79,6 +80,7 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
         config = _with_settled_chunk(session, config)
         folder.create(config)
         _run(session, config, folder, folder.open_ledger(), notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 
@@ -95,6 +97,7 @@ def resume(run_dir: Path | str) -> Run:
     present = others.pop(max(0, len(ledger.stages) - 1))
     with Session(present, notices, others) as session:
         _run(session, config, folder, ledger, notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 
