@@ -3,7 +3,7 @@
 .PHONY: help setup demo test bench lint lock clean
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-BENCHMARKS := noise update swap scoring rollouts generation scaling
+BENCHMARKS := noise update swap scoring rollouts generation scaling gradient trl_curves
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -17,6 +17,7 @@ demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under r
 	$(BIN)/es-engine train configs/countdown_smollm2.yaml --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint  ## lint, then every test
+	scripts/chromium.sh
 	$(BIN)/pytest -m "not vllm" --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m vllm --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -32,6 +32,7 @@ NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
+RunsOrFolders = Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, e.g. method.population=64.")
 ]
@@ -137,7 +138,8 @@ def compare(
     chosen = load_comparison(config, overrides or [])
     from es_engine.compare.runner import compare as run
 
-    typer.echo(f"comparison: {run(chosen, folder)}")
+    done = run(chosen, folder)
+    typer.echo(f"comparison: {done}\nreport: {done / 'report.html'}")
 
 
 @app.command()
@@ -149,6 +151,49 @@ def diff(run_a: RunDir, run_b: RunDir) -> None:
     difference = first_difference(RunFolder(run_a).ledger_file, RunFolder(run_b).ledger_file)
     typer.echo(difference or "the ledgers are equal")
     raise typer.Exit(1 if difference else 0)
+
+
+@app.command()
+def report(
+    runs: RunsOrFolders,
+    out: Annotated[
+        Path | None, typer.Option(help="The file; by default RUN/report.html, of several runs ./report.html.")
+    ] = None,
+    over: Annotated[
+        str | None, typer.Option(help="The budget that curves are drawn over first: generated, processed, ...")
+    ] = None,
+    png: Annotated[bool, typer.Option(help="Every plot as a PNG too, into a folder beside the page.")] = True,
+) -> None:
+    """Write one page on one run or many: curves, samples, configs."""
+    from es_engine.report import find_runs, group_runs, read_run, write_report
+    from es_engine.report.data import AXES
+
+    if over is not None and over not in AXES:
+        raise ValueError(f"--over: got {over}, accepted is {', '.join(AXES)}")
+    found = find_runs(runs)
+    if not found:
+        raise ValueError(f"{runs[0]}: neither a run folder nor a folder of them")
+    target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
+    groups = group_runs([read_run(run) for run in found])
+    write_report(target, groups, title=", ".join(group.label for group in groups), over=over, pngs=png)
+    typer.echo(target)
+
+
+@app.command()
+def watch(
+    runs: RunsOrFolders,
+    host: Annotated[str, typer.Option(help="The address to listen to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 is any free one.")] = 0,
+) -> None:
+    """Serve the report's page and keep it up to date while runs go on, until Ctrl-C."""
+    from es_engine.report.watch import WatchServer
+
+    with WatchServer(runs, host, port) as server:
+        try:
+            typer.echo(f"watching at {server.url}")
+            server.serve_forever()
+        except _Interrupted:
+            typer.echo("stopped watching; the runs go on")
 
 
 @app.command()
@@ -261,7 +306,7 @@ def _show_end(run: Path) -> None:
     for name, line in (("before", evaluations[0]), ("after", evaluations[-1])):
         table.add_row(name, _figure(line["reward"]), _figure(line["accuracy"]), _interval(line["accuracy_ci95"]))
     Console().print(table)
-    typer.echo(f"run: {run}\nadapter: {run / 'adapter'}")
+    typer.echo(f"run: {run}\nadapter: {run / 'adapter'}\nreport: {run / 'report.html'}")
 
 
 def _print_summary(summary: dict[str, object]) -> None:

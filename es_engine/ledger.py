@@ -36,11 +36,10 @@ class Ledger:
         Raises ValueError if any other line is damaged.
         """
         self.path = path
-        self.lines: list[Line] = []
-        if path.exists():
-            self.lines, whole_bytes = _read(path)
-            if whole_bytes < path.stat().st_size:
-                os.truncate(path, whole_bytes)
+        reader = LedgerReader(path)
+        self.lines: list[Line] = list(reader.new_lines())
+        if path.exists() and reader.bytes_read < path.stat().st_size:
+            os.truncate(path, reader.bytes_read)
 
     def append(self, line: Line) -> None:
         """Add a line and wait until it is on disk. On a full disk nothing is left of it."""
@@ -80,6 +79,39 @@ class Ledger:
         if not self.lines:
             raise ValueError(f"{self.path}: the ledger is empty")
         return self.lines[0]
+
+
+class LedgerReader:
+    """Reads a ledger that another process may be writing, and leaves the file as it is."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads nothing yet."""
+        self.path = path
+        self.lines_read = 0
+        self.bytes_read = 0
+
+    def new_lines(self) -> Iterator[Line]:
+        """The whole lines since those that were read before; none if there is no such file. One that is being written
+        is left for the next time.
+
+        Raises ValueError if any line but the last is damaged.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.bytes_read)
+            for raw in file:
+                line = _parsed(raw)
+                if line is None:
+                    if not raw.endswith(b"\n") or not file.read(1):
+                        return
+                    raise ValueError(
+                        f"{self.path}: line {self.lines_read + 1} is damaged; "
+                        f"the ledger cannot be used past line {self.lines_read}"
+                    )
+                self.lines_read += 1
+                self.bytes_read += len(raw)
+                yield line
 
 
 def running_costs(generations: Iterable[Line]) -> list[Costs]:
@@ -123,8 +155,7 @@ def _innermost(mine: Any, theirs: Any, where: str = "") -> tuple[str, Any, Any]:
 def _comparable(path: Path) -> list[Line]:
     if not path.is_file():
         raise ValueError(f"{path}: no such ledger")
-    lines, _ = _read(path)
-    return [_without_where_and_when(line) for line in lines]
+    return [_without_where_and_when(line) for line in LedgerReader(path).new_lines()]
 
 
 def _without_where_and_when(line: Line) -> Line:
@@ -140,32 +171,13 @@ def _write_all(file: FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _read(path: Path) -> tuple[list[Line], int]:
-    """The whole lines of a ledger and how many bytes they take."""
-    lines: list[Line] = []
-    size = 0
-    for number, (raw, is_last) in enumerate(_raw_lines(path), start=1):
-        try:
-            line = json.loads(raw)
-            if not isinstance(line, dict) or "kind" not in line:
-                raise ValueError("not a line of a ledger")
-        except ValueError as error:
-            if is_last:
-                break
-            raise ValueError(
-                f"{path}: line {number} is damaged; the ledger cannot be used past line {number - 1}"
-            ) from error
-        if not raw.endswith(b"\n"):
-            break
-        lines.append(line)
-        size += len(raw)
-    return lines, size
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    raw = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(raw):
-        yield line, number == len(raw) - 1
+def _parsed(raw: bytes) -> Line | None:
+    """A line of a ledger from its bytes; None if they are not a whole one."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return line if raw.endswith(b"\n") and isinstance(line, dict) and "kind" in line else None
 
 
 def _short(value: Any) -> str:

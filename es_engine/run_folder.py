@@ -56,6 +56,11 @@ class RunFolder:
         """Folder of checkpoints, one folder a step."""
         return self.path / "checkpoints"
 
+    @property
+    def report(self) -> Path:
+        """The page of curves and samples that a finished run ends with."""
+        return self.path / "report.html"
+
     def samples_file(self, step: int) -> Path:
         """Held-out completions with their scores after `step` steps."""
         return self.path / "samples" / f"step-{step:06d}.jsonl"

@@ -24,6 +24,7 @@ from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
+from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
 from es_engine.session import Materials, Session, gather, sampling
@@ -78,6 +79,7 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
     notices = Notices()
     with Session(config.by_stage[0], notices, config.by_stage[1:]) as session:
         begin(session, config, folder, notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 
@@ -90,6 +92,7 @@ def resume(run_dir: Path | str) -> Run:
     notices = Notices()
     with Session(present_stage(folder), notices, folder.load_config().by_stage) as session:
         go_on(session, folder, notices)
+    write_run_report(folder.path)
     return Run(folder.path)
 
 

@@ -93,9 +93,11 @@ def test_what_is_no_fair_comparison_is_refused_by_the_place(fields: dict[str, An
 
 
 def test_another_task_must_suit_the_runs() -> None:
-    run = {**SHARED, "method": {"kind": "sft"}}
-    sentence = refusal(run=run, other_tasks={"game": {"kind": "guess"}})
-    assert sentence == 'other_tasks.game.kind: got "guess", accepted is a task of one turn while method.kind is sft'
+    run = {**SHARED, "engine": {"kind": "simulated"}}
+    sentence = refusal(run=run, other_tasks={"game": {"kind": "guess"}}, runs={"es": {"method": {"kind": "es"}}})
+    assert (
+        sentence == 'other_tasks.game.kind: got "guess", accepted is a task of one turn while engine.kind is simulated'
+    )
 
 
 def test_another_task_leaves_the_tiny_model_what_it_was_taught() -> None:

@@ -117,7 +117,7 @@ def undisturbed(folder: Path, config: Path) -> Path:
 
 @pytest.mark.vllm
 def test_a_run_leaves_everything_behind(undisturbed: Path) -> None:
-    for name in ("config.yaml", "ledger.jsonl", "eval.jsonl", "adapter/adapter_model.safetensors", "tb"):
+    for name in ("config.yaml", "ledger.jsonl", "eval.jsonl", "adapter/adapter_model.safetensors", "tb", "report.html"):
         assert (undisturbed / name).exists(), name
     assert (undisturbed / "best/adapter_config.json").exists()
     assert [line["step"] for line in Ledger(undisturbed / "eval.jsonl").lines] == [0, 2, 4]

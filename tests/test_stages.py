@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import refusal
 from small_runs import (
     LocalPool,
-    es_engine,
     resume_here,
     small_config,
     train_and_kill,
@@ -161,8 +161,7 @@ def test_two_workers_on_ray_go_from_stage_to_stage_with_the_ledger_of_one_here(
     undisturbed: Path, config: Config, tmp_path: Path
 ) -> None:
     path = write_config(config, tmp_path / "config.yaml")
-    done = es_engine("train", path, "--run-dir", tmp_path / "run", "--set", "pool.workers=2")
-    assert done.returncode == 0, done.stderr
+    trainer.train(load_config(path, ["pool.workers=2"]), tmp_path / "run")
     assert {line["restarts"] for line in ledger_of(tmp_path / "run").generations} == {0}
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -236,9 +235,8 @@ def test_bad_stages_are_told_of_once_by_the_name_of_the_field(stages: str, run: 
 def test_what_a_stage_and_the_run_leave_out_ends_the_command(tmp_path: Path) -> None:
     stages = "- {budget: {generations: 2}, optimizer: {lr: 1}}\n- {optimizer: {lr: 1}}"
     (tmp_path / "config.yaml").write_text(text_config(stages, run=""))
-    done = es_engine("train", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
-    assert done.returncode == 2
-    assert done.stderr.startswith("es-engine: stages.1.budget: missing, accepted is a mapping of generations, tokens")
+    sentence = refusal("train", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+    assert sentence.startswith("stages.1.budget: missing, accepted is a mapping of generations, tokens")
     assert not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ import torch
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Vector
-from workers.peft_model import factor_weight, load_frozen_model, load_peft_model, put_on
+from workers.peft_model import adapted_layer, factor_weight, load_frozen_model, load_peft_model, put_on
 from workers.samples import Sample
 from workers.teacher import Teacher
 
@@ -169,6 +169,7 @@ class GradientModel:
             self._other = load_frozen_model(teacher.model, teacher.adapter, dtype, device)
         elif teacher is not None and teacher.adapter is not None:
             self._model.load_adapter(teacher.adapter, TEACHER)
+        self._layers = [adapted_layer(self._model, matrix.name) for matrix in space.matrices]
         self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
         self._freeze()
         self.set_theta(space.start())
@@ -236,9 +237,17 @@ class GradientModel:
             finally:
                 self._model.set_adapter("default")
         else:
-            with self._model.disable_adapter():
+            self._wear(False)
+            try:
                 yield
+            finally:
+                self._wear(True)
         self._freeze()  # PEFT would have both factors trained from now on
+
+    def _wear(self, worn: bool) -> None:
+        # PEFT's `disable_adapter` looks through all modules several times, which takes longer than a small model does.
+        for layer in self._layers:
+            layer.enable_adapters(worn)
 
     def _move(self, device: torch.device) -> None:
         if self._device.type == "cuda" and self._factors[0].device.type != device.type:

@@ -43,9 +43,14 @@ def _base(model: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
+def adapted_layer(model: Any, matrix: str) -> Any:
+    """PEFT's layer over a matrix, by the matrix's name in the base model."""
+    return model.get_submodule(f"base_model.model.{matrix}")
+
+
 def factor_weight(model: Any, matrix: str, factor: Factor) -> torch.nn.Parameter:
     """The adapter's A (r, in) or B (out, r) of a matrix, by the matrix's name in the base model."""
-    layer = _layer(model, matrix)
+    layer = adapted_layer(model, matrix)
     return (layer.lora_A if factor == "A" else layer.lora_B)["default"].weight
 
 
@@ -53,10 +58,6 @@ def put_on(model: Any, space: LoraSpace, theta: Vector) -> None:
     """Make the model wear theta, shape (D,), of a space of the rank and on the matrices that it was loaded with: every
     factor is written, in place."""
     for name, pair in space.adapter(theta).items():
-        _layer(model, name).scaling["default"] = space.scaling
+        adapted_layer(model, name).scaling["default"] = space.scaling
         factor_weight(model, name, "A").data.copy_(torch.from_numpy(pair.a))
         factor_weight(model, name, "B").data.copy_(torch.from_numpy(pair.b))
-
-
-def _layer(model: Any, matrix: str) -> Any:
-    return model.get_submodule(f"base_model.model.{matrix}")

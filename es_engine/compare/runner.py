@@ -14,31 +14,37 @@ from rich.console import Console
 
 from es_engine.compare.measures import Scores, write_measures
 from es_engine.compare.measuring import measure, measure_base
-from es_engine.compare.plan import Trial, check_splits, open_folder, pending, tuning_trials
+from es_engine.compare.plan import Trial, check_splits, choose, final_trials, open_folder, pending, tuning_trials
 from es_engine.compare.summary import summarise
 from es_engine.compare.tables import tables
 from es_engine.compare.writers import print_tables, write_results
 from es_engine.config import ComparisonConfig, Config
 from es_engine.config.base import in_yaml
+from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
 from es_engine.session import Session
 from es_engine.trainer import Notices, Stages, begin, go_on, present_stage, restore
 
 BASE = "base.json"
 """What the base model scores at the other tasks."""
+REPORT = "report.html"
 
 
 def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> Path:
-    """Run whatever is not finished of a comparison in its folder (default: comparisons/NAME), write its tables and
-    print them. Raises ValueError for bad input."""
+    """Run whatever is not finished of a comparison in its folder (default: comparisons/NAME), write its tables and its
+    report, and print the tables. Raises ValueError for bad input."""
     folder = Path(folder) if folder is not None else Path("comparisons") / comparison.name
     check_splits(comparison)
     open_folder(comparison, folder)
     if pending(comparison, folder):
         _run(comparison, folder)
     summary = summarise(comparison, folder)
+    shown = tables(summary)
     write_results(summary, folder)
-    print_tables(tables(summary), Console())
+    write_report(
+        folder / REPORT, _groups(comparison, folder), title=comparison.name, tables=shown, over=summary["measure"]
+    )
+    print_tables(shown, Console())
     return folder
 
 
@@ -96,6 +102,14 @@ def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folde
     before = _base_scores(session, comparison, config, folder / BASE)
     session.turn_to(config)
     write_measures(run.path, measure(session, comparison, theta, before))
+
+
+def _groups(comparison: ComparisonConfig, folder: Path) -> list[RunGroup]:
+    """The final runs as the report shows them: the seeds of each run together, under its name."""
+    found: dict[str, list[RunData]] = {}
+    for trial in final_trials(comparison, choose(comparison, folder)):
+        found.setdefault(trial.run, []).append(read_run(folder / trial.folder))
+    return [RunGroup(run, tuple(each)) for run, each in found.items()]
 
 
 def _base_scores(session: Session, comparison: ComparisonConfig, config: Config, file: Path) -> dict[str, Scores]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from es_engine.compare.summary import LIMITS
 from es_engine.config.base import in_yaml
+from es_engine.report import Table
 
 Data = Mapping[str, Any]
 Write = Callable[[float], str]
@@ -21,16 +21,6 @@ NAMES = {
 }
 """What a run spends, in words."""
 NONE = "–"
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A heading, a paragraph, and rows of text under columns; the first column names the row."""
-
-    heading: str
-    text: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def tables(summary: Data) -> list[Table]:

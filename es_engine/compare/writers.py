@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from es_engine.compare.tables import NAMES, Table, tables
+from es_engine.compare.tables import NAMES, tables
+from es_engine.report.page import Cell, Table
 from es_engine.run_folder import write_text
 
 Data = Mapping[str, Any]
@@ -71,8 +72,12 @@ def _section(table: Table) -> str:
     return f"## {table.heading}\n\n{table.text}\n\n{grid}"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _cell(value: Cell) -> str:
+    return _text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text(value: Cell) -> str:
+    return "" if value is None else str(value)
 
 
 def print_tables(those: Sequence[Table], console: Console) -> None:
@@ -82,7 +87,7 @@ def print_tables(those: Sequence[Table], console: Console) -> None:
         for column in table.columns:
             shown.add_column(Text(column), justify="left" if column == table.columns[0] else "right")
         for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
+            shown.add_row(*(Text(_text(cell)) for cell in row))
         console.print(shown)
         console.print(Text(table.text, style="dim"))
         console.print()

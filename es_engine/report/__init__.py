@@ -1,0 +1,17 @@
+"""One page on one run or many: curves over any budget, samples, configs; as a file, as PNGs, or served while runs go
+on."""
+
+from es_engine.report.data import RunData, RunGroup, find_runs, group_runs, read_run
+from es_engine.report.page import Table, build, write_report, write_run_report
+
+__all__ = [
+    "RunData",
+    "RunGroup",
+    "Table",
+    "build",
+    "find_runs",
+    "group_runs",
+    "read_run",
+    "write_report",
+    "write_run_report",
+]

@@ -1,0 +1,95 @@
+"""The plots of a report as PNGs, drawn by matplotlib."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from es_engine.report.data import AXES
+from es_engine.report.plots import Bars, Plot, Variant
+
+# The page's own, in page.js.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508e", "#8a6d00", "#3a9bd1", "#5c6370")
+MARKERS = "osD^XP*"
+DASHES = ("-", "--", ":")
+MARKED_POINTS = 14
+
+
+def write_pngs(folder: Path, plots: Sequence[Plot | Bars], over: str) -> list[Path]:
+    """Draw every figure of every plot over an axis into a folder; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for plot in plots:
+        if isinstance(plot, Bars):
+            written.append(_save(folder / f"{plot.name}.png", plot.title, partial(_bars, plot)))
+            continue
+        for variant in plot.variants:
+            name = plot.name if len(plot.variants) == 1 else f"{plot.name}-{_plain(variant.name)}"
+            title = plot.title if len(plot.variants) == 1 else f"{plot.title}: {variant.name}"
+            written.append(_save(folder / f"{name}.png", title, partial(_curves, variant, over)))
+    return written
+
+
+def _curves(variant: Variant, over: str, axes: Axes) -> None:
+    for curve in variant.curves:
+        points = curve.points[over]
+        colour = COLOURS[curve.style % len(COLOURS)]
+        for place, (low, high) in enumerate(points.bands):
+            axes.fill_between(points.x, low, high, color=colour, alpha=0.3 if place else 0.16, linewidth=0)
+        axes.plot(
+            points.x,
+            points.y,
+            DASHES[curve.style // len(COLOURS) % len(DASHES)],
+            color=colour,
+            marker=MARKERS[curve.style % len(MARKERS)],
+            markevery=max(1, len(points.x) // MARKED_POINTS),
+            markersize=5,
+            label=_literal(curve.label),
+        )
+    axes.set_xlabel(AXES[over])
+    axes.set_ylabel(_literal(variant.label))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if variant.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+
+
+def _bars(bars: Bars, axes: Axes) -> None:
+    places = np.arange(len(bars.labels))
+    left = np.zeros(len(bars.labels))
+    for number, (part, values) in enumerate(bars.parts.items()):
+        axes.barh(places, values, 0.65, left, color=COLOURS[number % len(COLOURS)], label=_literal(part), edgecolor="w")
+        left += np.array(values)
+    axes.set_yticks(places, [_literal(label) for label in bars.labels])
+    axes.invert_yaxis()
+    axes.set_xlabel(bars.unit)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _save(path: Path, title: str, draw: Callable[[Axes], None]) -> Path:
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_literal(title))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _literal(text: str) -> str:
+    """Text in which matplotlib finds no formula, on one line of characters that can be seen."""
+    return "".join(character if character.isprintable() else "·" for character in text).replace("$", r"\$")
+
+
+def _plain(name: str) -> str:
+    """A name of a file."""
+    return re.sub(r"[^\w-]+", "_", name)
