@@ -1,6 +1,6 @@
 # `make help` lists the targets. All but `help`, `lock` and `clean` first set up .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint lock clean
+.PHONY: help setup demo compare test bench lint lock clean
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCHMARKS := noise update swap scoring rollouts generation scaling gradient trl_curves
@@ -15,6 +15,9 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml scripts/setup.sh
 
 demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under runs/
 	$(BIN)/es-engine train configs/countdown_smollm2.yaml --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+compare: $(INSTALLED)  ## compare ES, GRPO and SFT on the tiny model: five minutes; begun again, it goes on
+	$(BIN)/es-engine compare configs/compare_tiny.yaml --dir runs/compare_tiny
 
 test: lint  ## lint, then every test
 	scripts/chromium.sh

@@ -157,7 +157,8 @@ def test_files_are_the_same_for_the_same_folders(summary: dict[str, Any], folder
 def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) -> None:
     made = {table.heading: table for table in tables(summary)}
     assert list(made) == [
-        "Results",
+        "Held-out accuracy",
+        "Held-out reward",
         "Differences",
         "Sampled answers",
         "What the runs spent",

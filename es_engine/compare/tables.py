@@ -26,7 +26,8 @@ NONE = "–"
 def tables(summary: Data) -> list[Table]:
     """All tables of a comparison; those that would be empty are left out."""
     made = [
-        _results(summary),
+        _results(summary, "accuracy"),
+        _results(summary, "reward"),
         _pairs(summary),
         _samples(summary),
         _spent(summary),
@@ -39,24 +40,15 @@ def tables(summary: Data) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _results(summary: Data) -> Table:
+def _results(summary: Data, score: str) -> Table:
     seeds, problems = len(summary["seeds"]), summary["problems"]
     text = (
         f"Held-out {problems} problems, {_count(seeds, 'seed')}; each run ends at {_budget(summary['budget'])}. In "
         "brackets are 95% intervals over seeds and problems. Best is the evaluation with the highest reward, chosen on "
         f"these same problems and so too good; area is the mean over the budget of {NAMES[summary['measure']]}."
     )
-    names = {
-        "accuracy_before": "accuracy before",
-        "accuracy_final": "final accuracy",
-        "accuracy_best": "best accuracy",
-        "accuracy_area": "area, accuracy",
-        "reward_before": "reward before",
-        "reward_final": "final reward",
-        "reward_best": "best reward",
-        "reward_area": "area, reward",
-    }
-    return _of_runs(summary, "Results", text, {name: column for name, column in names.items() if _has(summary, name)})
+    columns = {f"{score}_{when}": when for when in ("before", "final", "best", "area")}
+    return _of_runs(summary, f"Held-out {score}", text, columns if _has(summary, f"{score}_final") else {})
 
 
 def _samples(summary: Data) -> Table:
