@@ -21,7 +21,7 @@ from es_engine.past import Stages, State, checkpoint, header, in_stage, present_
 from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_json_lines
-from es_engine.session import Session, sampling
+from es_engine.session import Session, errors_in_place, sampling
 from es_engine.telemetry import Telemetry, open_telemetry
 
 
@@ -75,7 +75,8 @@ def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, no
             if config.stages:
                 state = _begin_stage(number, session, config, ledger, state)
                 telemetry.message(f"stage {number + 1} of {len(stages)}: {session.materials.config.method.kind}")
-            _run_stage(session, folder, ledger, state, telemetry)
+            with errors_in_place(session.materials.config):
+                _run_stage(session, folder, ledger, state, telemetry)
         save_adapter(session.materials, state.theta, folder.adapter)
 
 

@@ -240,6 +240,18 @@ def test_what_a_stage_and_the_run_leave_out_ends_the_command(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_found_out_later_names_the_stage_too(config: Config, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2"}])
+    blind = {"method": {"kind": "es", "population": 4, "prompts": 4, "probe_sigmas": [1e-30], "probe_pairs": 1}}
+    for stage, sentence in (
+        ({"method": {"kind": "sft", "data": data}}, rf"^stages\.1\.method\.data: {data}, line 1 has no `completion`"),
+        (blind, r"^stages\.1\.method\.sigma: auto found no sigma"),
+    ):
+        stages = [{"method": {"kind": "sft", "batch": 4}, "budget": {"generations": 1}}, stage]
+        with pytest.raises(ValueError, match=sentence):
+            train_here(parse_config(config.model_dump(mode="json") | {"stages": stages}), tmp_path / "run")
+
+
 def test_the_stages_on_the_page_are_a_config() -> None:
     page = (Path(__file__).parents[1] / "docs/methods.md").read_text()
     (block,) = re.findall(r"```yaml\n(optimizer: [^`]*\nstages:\n.*?)```", page, re.DOTALL)
