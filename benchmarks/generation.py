@@ -23,7 +23,7 @@ from engines import KINDS, Engine, Kind, Setup
 from harness import Row, draw_bars, options, report, take_turns
 from rollouts import MODELS, Model
 
-from es_engine import load_config, trainer
+from es_engine import load_config, past, trainer
 from es_engine.ledger import Ledger
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.run_folder import RunFolder
@@ -64,7 +64,7 @@ def phases(model: Model, prompts: int, repeats: int) -> list[Row]:
         Session(config, print) as session,
         closing(open_telemetry(config.telemetry, Path(folder), 0)) as telemetry,
     ):
-        ledger, state = Ledger(Path(folder) / "ledger.jsonl"), trainer._beginning(session.materials)
+        ledger, state = Ledger(Path(folder) / "ledger.jsonl"), past.beginning(session.materials)
         for _ in range(1 + repeats):
             started = time.perf_counter()
             trainer._generation(session, RunFolder(Path(folder)), ledger, state, telemetry)

@@ -37,7 +37,7 @@ import torch
 from harness import Row, draw_bars, options, report, take_turns
 from trl_trainers import KINDS, Kind, build_trainer
 
-from es_engine import load_config, losses, trainer
+from es_engine import load_config, losses, past, trainer
 from es_engine.config import DpoMethodConfig, GrpoMethodConfig, SftMethodConfig
 from es_engine.config.optimizer import AdamConfig
 from es_engine.ledger import Ledger
@@ -357,7 +357,7 @@ def shares(model: Model, repeats: int) -> list[Row]:
         Session(config, print) as session,
         closing(open_telemetry(config.telemetry, Path(folder), 0)) as telemetry,
     ):
-        ledger, state = Ledger(Path(folder) / "ledger.jsonl"), trainer._beginning(session.materials)
+        ledger, state = Ledger(Path(folder) / "ledger.jsonl"), past.beginning(session.materials)
         pool = session.pool
         for _ in range(1 + repeats):
             timed = Timed(pool)

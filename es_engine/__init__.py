@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from es_engine.config import Config, load_config
+    from es_engine.past import replay
     from es_engine.run import Run
-    from es_engine.trainer import replay, resume, train
+    from es_engine.trainer import resume, train
 
 __all__ = ["Config", "Run", "load_config", "replay", "resume", "train"]
 
@@ -16,7 +17,7 @@ _HOMES = {
     "Config": "es_engine.config",
     "load_config": "es_engine.config",
     "Run": "es_engine.run",
-    "replay": "es_engine.trainer",
+    "replay": "es_engine.past",
     "resume": "es_engine.trainer",
     "train": "es_engine.trainer",
 }

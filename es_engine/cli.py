@@ -66,7 +66,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Where the adapter goes; by default RUN/replay/step-K.")] = None,
 ) -> None:
     """Rebuild an adapter from config and ledger alone, without a single rollout."""
-    from es_engine.trainer import replay as rebuild
+    from es_engine.past import replay as rebuild
 
     typer.echo(rebuild(run, step, out))
 

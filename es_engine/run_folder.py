@@ -72,8 +72,9 @@ class RunFolder:
         write_text(self.config_file, dump_config(config))
 
     def refuse_existing(self) -> None:
-        """Raises ValueError if there is a run, or anything else, in the folder already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Raises ValueError if there is a run, or anything else, in the folder already; a config that was cut off while
+        it was written is nothing."""
+        if self.path.exists() and not (self.path.is_dir() and set(self.path.iterdir()) <= {_partial(self.config_file)}):
             raise ValueError(f"{self.path}: this run folder exists already; resume it, or give another with --run-dir")
 
     def load_config(self) -> Config:
@@ -137,7 +138,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Raises OSError, and keeps the old one, where the disk takes no more.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial, old = _partial(folder), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (partial, old):
@@ -161,7 +162,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text`; whoever looks sees the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         partial.write_text(text)
         _sync(partial)
@@ -175,6 +176,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file by one JSON object a line."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _partial(path: Path) -> Path:
+    """Where a file or folder is until it is whole."""
+    return path.with_name(path.name + ".partial")
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -108,11 +109,27 @@ class Materials:
         return problem
 
 
+@contextmanager
+def errors_in_place(config: Config) -> Iterator[None]:
+    """Inside, what is wrong with the method of a stage is told with the stage's place in the config."""
+    try:
+        yield
+    except ValueError as error:
+        if not config.place or not str(error).startswith("method."):
+            raise
+        raise ValueError(f"{config.place}{error}") from error
+
+
 def gather(config: Config, base: LocalModel | None = None) -> Materials:
     """Find the model and build space, task and method; `base` is a model that may be the config's and is known already.
 
     Raises ValueError for whatever does not exist or fit.
     """
+    with errors_in_place(config):
+        return _gather(config, base)
+
+
+def _gather(config: Config, base: LocalModel | None) -> Materials:
     task = config.task.build()
     model = local_model(config)
     if base is None or base.folder != model:

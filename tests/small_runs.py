@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from es_engine import session, trainer
+from es_engine import past, session, trainer
 from es_engine.config import Config, SgdConfig, dump_config, load_config, parse_config
 from es_engine.methods.base import Report
 from es_engine.optimizers import build_optimizer
@@ -87,7 +87,7 @@ class LocalPool:
 
 def climb(materials: Materials, pool: LocalPool, steps: int, lr: float) -> tuple[Vector, list[Report]]:
     """Where gradient ascent with this step size leads from the start, and what was reported on the way."""
-    state = trainer._beginning(materials)
+    state = past.beginning(materials)
     state.optimizer = build_optimizer(SgdConfig(lr=1.0), state.theta)
     reports = []
     for step in range(steps):

@@ -29,13 +29,14 @@ from test_gradient import plain_logprobs
 from test_runs import assert_same_run
 from transformers import AutoModelForCausalLM
 
-from es_engine import cli, noise, trainer
+from es_engine import cli, noise
 from es_engine.config import ConfigError, EsMethodConfig, TeacherConfig, parse_config
 from es_engine.costs import Costs
 from es_engine.ledger import Ledger
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.methods.fitness import TeacherFitness
 from es_engine.methods.opd import ExactLoss
+from es_engine.past import replay
 from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, gather
 from es_engine.spaces.lora import LoraSpace
@@ -276,7 +277,7 @@ def test_references_become_likelier_and_replay_leads_there_again(random_llama: P
     assert calibration["center_mean"] == pytest.approx(-nll[0], rel=0.1)
     assert calibration["costs"]["generated"] == 0 < calibration["costs"]["processed"]
     assert_same_run(train_here(two, tmp_path / "two"), whole)
-    assert same_adapter(trainer.replay(whole, GENERATIONS), whole / "adapter")
+    assert same_adapter(replay(whole, GENERATIONS), whole / "adapter")
 
 
 def test_imitation_resumed_or_replayed_leads_to_the_same_theta(
@@ -288,7 +289,7 @@ def test_imitation_resumed_or_replayed_leads_to_the_same_theta(
     lines = Ledger(whole / "ledger.jsonl").lines
     assert lines[0]["teacher"]
     assert all(np.shape(line["fitness"]) == np.shape(line["rewards"]) == (4, 2) for line in lines[2:])
-    assert same_adapter(trainer.replay(whole, GENERATIONS), whole / "adapter")
+    assert same_adapter(replay(whole, GENERATIONS), whole / "adapter")
 
     cut = RunFolder(tmp_path / "cut")
     cut.create(config)

@@ -25,6 +25,7 @@ FLOORS = {
     "es_engine.methods": 3,
     "es_engine.ledger": 3,
     "es_engine.trainer": 4,
+    "es_engine.past": 4,
     "es_engine.compare": 4,
     "es_engine.telemetry": 4,
     "es_engine.report": 4,

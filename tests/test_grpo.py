@@ -17,7 +17,7 @@ from es_engine.methods import policy
 from es_engine.methods.grpo import Grpo, GrpoLoss
 from es_engine.methods.policy import Rollouts
 from es_engine.methods.updates import Updates
-from es_engine.trainer import replay
+from es_engine.past import replay
 from rewards.base import Example
 from workers.chunks import Problem
 from workers.engine import Completion, Sampling

@@ -50,6 +50,16 @@ def test_a_lesson_is_the_same_whenever_it_is_asked_for() -> None:
     assert len({once(index) for index in range(100)}) > 95
 
 
+@pytest.mark.parametrize("kind", [CountdownTaskConfig, SudokuTaskConfig])
+def test_lessons_are_plain_whatever_the_template_of_the_task(
+    kind: type[CountdownTaskConfig] | type[SudokuTaskConfig],
+) -> None:
+    plain = lessons(kind(template="plain"))
+    for template in ("chat", "r1"):
+        lesson = lessons(kind(template=template))
+        assert [lesson(index) for index in range(20)] == [plain(index) for index in range(20)]
+
+
 def test_sudokus_are_solved_or_filled_in_by_rows() -> None:
     config = SudokuTaskConfig(template="plain")
     lesson, task = lessons(config), config.build()

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+from workers import tiny_model
 from workers.models import cached_folder, fingerprint, linear_matrices, resolve
 from workers.tiny_model import IGNORED, build_tiny_model, character_tokenizer, resolve_tiny, tokens_and_labels
 
@@ -412,6 +413,16 @@ def test_a_tiny_model_is_cached_by_every_argument(cache: Path) -> None:
     ]
     folders = {resolve_tiny(**{**base, **lesson, **change}) for change in changes}
     assert len(folders | {first}) == len(changes) + 1
+
+
+def test_a_model_of_other_late_lessons_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of a curriculum whose first stage is the same."""
+    monkeypatch.setattr(tiny_model, "cached_folder", lambda name, _: name)
+
+    def name_of(lessons: int) -> object:
+        return resolve_tiny(steps=1000, batch=64, examples=lambda index: last_letter(min(index, lessons)), alphabet="a")
+
+    assert name_of(64_000) == name_of(70_000) != name_of(32_000)
 
 
 def test_lessons_that_do_not_fit_are_refused(tmp_path: Path) -> None:

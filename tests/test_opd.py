@@ -20,7 +20,7 @@ from test_gradient import OnOneWorker, build_space, plain_logprobs, plain_peft
 from test_runs import write_config
 from transformers import AutoModelForCausalLM
 
-from es_engine import trainer
+from es_engine import past, trainer
 from es_engine.config import TeacherConfig, load_config
 from es_engine.methods import policy
 from es_engine.methods.opd import ExactLoss, SampledLoss
@@ -284,7 +284,7 @@ def test_the_divergence_from_the_teacher_falls(form: str, random_llama: Path, ad
     """Measured exactly, on completions of held-out prompts; and every pass of a model is counted."""
     path = opd_config(tmp_path, random_llama, {"adapter": str(adapter)}, form=form, samples=16)
     materials = gather(load_config(path))
-    pool, state = InProcess(materials), trainer._beginning(materials)
+    pool, state = InProcess(materials), past.beginning(materials)
     before = divergence(pool, materials, state.theta, version=100)
     for step in range(10):
         directions = materials.method.step(pool, state.theta, step, 0.0, materials.problems)
@@ -319,7 +319,7 @@ def test_two_workers_learn_what_one_does(random_llama: Path, adapter: Path, tmp_
     thetas, records = [], []
     with Session(load_config(path, ["pool.workers=2"]), lambda _: None) as session:
         for pool in (OnOneWorker(session.pool), session.pool):
-            state = trainer._beginning(session.materials)
+            state = past.beginning(session.materials)
             directions = session.materials.method.step(pool, state.theta, 0, 0.0, session.materials.problems)
             report, moves = trainer._climb(state, directions, lr=0.01)
             assert moves == 4
@@ -337,12 +337,12 @@ def test_another_teacher_than_the_runs_is_noticed(random_llama: Path, tmp_path: 
     ledger = RunFolder(tmp_path / "run")
     ledger.create(config)
     lines = ledger.open_ledger()
-    stages = trainer.Stages(config, materials)
-    lines.append(trainer._header(stages, trainer._beginning(materials)))
-    trainer.restore(stages, ledger, lines)
+    stages = past.Stages(config, materials)
+    lines.append(past.header(stages, past.beginning(materials)))
+    past.restore(stages, ledger, lines)
     space.save(2 * center(space), tmp_path / "teacher", str(random_llama))
     with pytest.raises(ValueError, match=r"teacher is .* now, but was .* when the run began"):
-        trainer.restore(trainer.Stages(config), ledger, lines)
+        past.restore(past.Stages(config), ledger, lines)
 
 
 # Refusals

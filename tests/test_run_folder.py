@@ -272,6 +272,14 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     assert content(tmp_path) == {"file": "x"}
 
 
+def test_a_run_that_ended_before_it_had_its_config_can_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml.partial").write_text("nam")
+    folder = RunFolder(tmp_path)
+    folder.create(parse_config(CONFIG))
+    assert folder.load_config() == parse_config(CONFIG)
+    assert list(content(tmp_path)) == ["config.yaml"]
+
+
 def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a run folder \(it has no config\.yaml\)"):
         RunFolder(tmp_path).load_config()

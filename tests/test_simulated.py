@@ -211,6 +211,20 @@ def test_workers_of_one_process_answer_alike_and_are_graded(clock: Clock) -> Non
     assert process.carry_out(7, "noise_sum", 1, (3,), (1.0,)).vector.shape == (space.dim,)
 
 
+def test_a_worker_waits_for_nothing_between_two_runs(clock: Clock) -> None:
+    config = build_config()
+    setup = WorkerSetup(config, LoraSpace([Matrix("layer", 8, 8, 1.0)], rank=4, alpha=8.0), "", (), 2, parameters=100)
+    process = SimulatedWorkers()
+    process.carry_out(0, "start", setup)
+    batch = [simulated_problem(config.task.build().example("train", 0))]
+    chunk = Chunk(1, 0, 0.3, PAIR, ((0,), (0,)), Sampling(16))
+    for _ in range(2):
+        clock.sleep(1000.0)
+        process.carry_out(0, "assign", setup)
+        result = process.carry_out(0, "evaluate", chunk, batch, setup.space.start(), 1)
+        assert result.seconds["waited"] == 0
+
+
 def test_samples_share_their_prompt_and_sums_cost_seconds_alone(clock: Clock) -> None:
     config = build_config()
     space = LoraSpace([Matrix("layer", 1000, 1000, 1.0)], rank=4, alpha=8.0)

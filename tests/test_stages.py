@@ -22,7 +22,7 @@ from small_runs import (
 )
 from test_runs import adapter_bytes, assert_same_run
 
-from es_engine import trainer
+from es_engine import past, trainer
 from es_engine.config import Config, ConfigError, dump_config, load_config, parse_config
 from es_engine.config.yaml_text import parse as parse_yaml
 from es_engine.ledger import Ledger
@@ -173,11 +173,11 @@ def test_steps_of_es_are_replayed_from_where_gradients_have_left_theta(undisturb
         shutil.rmtree(run / f"checkpoints/step-{step:06d}", ignore_errors=True)
     folder, generations = RunFolder(run), ledger_of(run).generations
     for step in (3, 4, 6, 8):
-        state = trainer._at_the_end(trainer._past(ledger_of(run), step), trainer.Stages(folder.load_config()), folder)
-        assert trainer.fingerprint(state.theta) == generations[step - 1]["theta"]
-    assert adapter_bytes(trainer.replay(run, 8)) == adapter_bytes(run / "adapter")
+        state = past._at_the_end(past._past(ledger_of(run), step), past.Stages(folder.load_config()), folder)
+        assert past.fingerprint(state.theta) == generations[step - 1]["theta"]
+    assert adapter_bytes(past.replay(run, 8)) == adapter_bytes(run / "adapter")
     with pytest.raises(ValueError, match=r"^--step: sft is replayed from checkpoints; there are 2, "):
-        trainer.replay(run, 1)
+        past.replay(run, 1)
 
 
 # Configs
@@ -238,6 +238,18 @@ def test_what_a_stage_and_the_run_leave_out_ends_the_command(tmp_path: Path) -> 
     sentence = refusal("train", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
     assert sentence.startswith("stages.1.budget: missing, accepted is a mapping of generations, tokens")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_found_out_later_names_the_stage_too(config: Config, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2"}])
+    blind = {"method": {"kind": "es", "population": 4, "prompts": 4, "probe_sigmas": [1e-30], "probe_pairs": 1}}
+    for stage, sentence in (
+        ({"method": {"kind": "sft", "data": data}}, rf"^stages\.1\.method\.data: {data}, line 1 has no `completion`"),
+        (blind, r"^stages\.1\.method\.sigma: auto found no sigma"),
+    ):
+        stages = [{"method": {"kind": "sft", "batch": 4}, "budget": {"generations": 1}}, stage]
+        with pytest.raises(ValueError, match=sentence):
+            train_here(parse_config(config.model_dump(mode="json") | {"stages": stages}), tmp_path / "run")
 
 
 def test_the_stages_on_the_page_are_a_config() -> None:

@@ -40,6 +40,7 @@ def alphabet(config: LessonsTaskConfig) -> str:
 
 
 def _countdown(config: CountdownTaskConfig) -> Lessons:
+    config = config.model_copy(update={"template": "plain"})
     every_number = _countdown_task(config)
     fewer = tuple(max(2, count - 1) for count in config.numbers)
     one_over = _countdown_task(config.model_copy(update={"numbers": fewer, "data": None, "heldout_data": None}))

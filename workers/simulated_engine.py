@@ -201,6 +201,11 @@ class SimulatedWorker(Worker):
         self._open_task()
         return self._described()
 
+    def assign(self, setup: WorkerSetup) -> dict[str, Any]:
+        """As any worker; generations of the other run may have the same numbers."""
+        self._openings.clear()
+        return super().assign(setup)
+
     def _open_task(self) -> None:
         self._scorer = InlineScorer(self._setup.config.task.build().verifier)
 

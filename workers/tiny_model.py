@@ -29,7 +29,7 @@ RECIPE = 1
 CONTEXT = 256
 IGNORED = -100  # the label that cross_entropy leaves out
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
-SAMPLED = 256  # examples that stand for their stream in the cache key
+SAMPLED = 256  # examples that stand for all of the training in the cache key
 WARM_UP = 0.05  # share of the steps
 
 
@@ -47,10 +47,11 @@ def resolve_tiny(
 ) -> Path:
     """The folder of the tiny model of these arguments, trained where the cache has none; see `build_tiny_model`.
 
-    The cache's key holds every argument; for `examples`, which is code, it holds what its first calls return.
+    The cache's key holds every argument; for `examples`, which is code, it holds what some calls return, evenly spread
+    over the training.
     """
     sizes = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "hidden": hidden, "layers": layers, "heads": heads}
-    sample = [examples(index) for index in range(SAMPLED)]
+    sample = [examples(number * steps * batch // SAMPLED) for number in range(SAMPLED)]
     key = hashlib.sha256(json.dumps([RECIPE, sizes, alphabet, sample]).encode()).hexdigest()[:16]
     return cached_folder(
         f"tiny-{key}",

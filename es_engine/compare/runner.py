@@ -20,10 +20,11 @@ from es_engine.compare.tables import tables
 from es_engine.compare.writers import print_tables, write_results
 from es_engine.config import ComparisonConfig, Config
 from es_engine.config.base import in_yaml
+from es_engine.past import Stages, present_stage, restore
 from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
 from es_engine.session import Session
-from es_engine.trainer import Notices, Stages, begin, go_on, present_stage, restore
+from es_engine.trainer import Notices, begin, go_on
 
 BASE = "base.json"
 """What the base model scores at the other tasks."""

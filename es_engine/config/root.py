@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from es_engine.config.base import Seed, problem
 from es_engine.config.budget import BudgetConfig
@@ -44,15 +44,25 @@ class Config(AxesConfig):
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How the center is measured.")
     telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="How the run is watched.")
 
+    _place: str = PrivateAttr(default="")
+
+    @property
+    def place(self) -> str:
+        """What leads to the method, the optimizer and the budget in what the user wrote, such as `stages.0.`."""
+        return self._place
+
     @property
     def by_stage(self) -> tuple[Config, ...]:
         """The stages, each as the config of a run that has none; of a run without stages it is the config itself."""
-        return tuple(
-            self.model_copy(
-                update={"stages": (), "method": stage.method, "optimizer": stage.optimizer, "budget": stage.budget}
-            )
-            for stage in self.stages
-        ) or (self,)
+        return tuple(map(self._stage, range(len(self.stages)))) or (self,)
+
+    def _stage(self, number: int) -> Config:
+        stage = self.stages[number]
+        config = self.model_copy(
+            update={"stages": (), "method": stage.method, "optimizer": stage.optimizer, "budget": stage.budget}
+        )
+        config._place = f"stages.{number}."
+        return config
 
     @property
     def lessons(self) -> LessonsTaskConfig:
@@ -64,11 +74,10 @@ class Config(AxesConfig):
 
     @model_validator(mode="after")
     def _every_stage_is_possible(self) -> Self:
-        for number, config in enumerate(self.by_stage):
-            where = f"stages.{number}." if self.stages else ""
-            _check_pairs(config, where)
-            _check_gradients(config, where)
-            _check_budget(config, where)
+        for config in self.by_stage:
+            _check_pairs(config)
+            _check_gradients(config)
+            _check_budget(config)
         return self
 
     @model_validator(mode="after")
@@ -99,21 +108,23 @@ class Config(AxesConfig):
         return self
 
 
-def _check_pairs(config: Config, where: str) -> None:
-    """Raises ValueError where a mirrored pair would not stay in one chunk; `where` leads to the stage's fields."""
+def _check_pairs(config: Config) -> None:
+    """Raises ValueError where a mirrored pair would not stay in one chunk."""
     mirrored = isinstance(config.method, EsMethodConfig) and config.method.mirrored
     if mirrored and config.engine.chunk != "auto" and config.engine.chunk % 2:
-        raise problem("engine.chunk", config.engine.chunk, f"an even number while {where}method.mirrored is true")
+        raise problem(
+            "engine.chunk", config.engine.chunk, f"an even number while {config.place}method.mirrored is true"
+        )
 
 
-def _check_gradients(config: Config, where: str) -> None:
+def _check_gradients(config: Config) -> None:
     """Raises ValueError where a method learns from a model's own words without a model, in games, or across devices."""
     method = config.method
-    source = f"{where}method.kind is {method.kind}"
+    source = f"{config.place}method.kind is {method.kind}"
     if isinstance(method, EsMethodConfig):
         if method.fitness == "reward":
             return
-        source = f"{where}method.fitness is {method.fitness}"
+        source = f"{config.place}method.fitness is {method.fitness}"
     if isinstance(config.engine, SimulatedEngineConfig):
         raise problem("engine.kind", config.engine.kind, f"vllm or hf while {source}")
     if isinstance(config.task, MultiTurnTaskConfig):
@@ -122,7 +133,7 @@ def _check_gradients(config: Config, where: str) -> None:
         raise problem("pool.tensor_parallel", config.pool.tensor_parallel, f"1 while {source}")
 
 
-def _check_budget(config: Config, where: str) -> None:
+def _check_budget(config: Config) -> None:
     """Raises ValueError where a method spends nothing of what its budget limits."""
     method, others = config.method, config.budget.model_dump(exclude={"tokens"}).values()
     silent = {
@@ -133,4 +144,4 @@ def _check_budget(config: Config, where: str) -> None:
     if silent.get(method.kind, False) and all(limit is None for limit in others):
         source = f"{method.kind} with fitness references" if method.kind == "es" else method.kind
         accepted = f"another limit beside it, for {source} generates no tokens"
-        raise problem(f"{where}budget.tokens", config.budget.tokens, accepted)
+        raise problem(f"{config.place}budget.tokens", config.budget.tokens, accepted)
