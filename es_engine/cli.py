@@ -86,9 +86,9 @@ def submit(
         _end(f"no longer following; the job goes on: ray job stop {job.id} --address {address} would end it", 130)
     if ending.summary is not None:
         _show_end(ending.summary)
-    elif ending.exit_code:
-        typer.echo(f"es-engine: job {job.id} failed: {ending.message}", err=True)
-    raise typer.Exit(ending.exit_code)
+    if ending.exit_code:
+        why = f" ({ending.message})" if ending.message else ""
+        _end(f"job {job.id} ended with exit code {ending.exit_code}{why}", ending.exit_code)
 
 
 @app.command()

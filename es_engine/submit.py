@@ -35,11 +35,12 @@ NOT_SENT = shutil.ignore_patterns(".git", ".gitignore", ".rayignore")  # the las
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a job ended; `summary` is what `es-engine train --summary` ends with, None where it did not come so far."""
+    """How a job ended; `summary` is what `es-engine train --summary` ends with, None where it did not come so far, and
+    `message` is what Ray says of a job that has no exit code of its own."""
 
     exit_code: int
-    summary: dict[str, Any] | None
-    message: str
+    summary: dict[str, Any] | None = None
+    message: str = ""
 
 
 def summary_line(summary: dict[str, Any]) -> str:
@@ -109,9 +110,9 @@ class Job:
                 asyncio.run(self._read_log(write))
                 info = self.client.get_job_info(self.id)
                 if info.status.is_terminal():
-                    code = info.driver_exit_code
-                    failed = 0 if info.status == "SUCCEEDED" else 1
-                    return Ending(failed if code is None else code, self._summary, info.message or "")
+                    if info.driver_exit_code is None:
+                        return Ending(1, self._summary, info.message or info.status.value)
+                    return Ending(info.driver_exit_code, self._summary)
                 answered = time.monotonic()
             except (aiohttp.ClientError, requests.RequestException, RuntimeError) as error:
                 if time.monotonic() - answered > PATIENCE_S:
@@ -150,7 +151,8 @@ def _entrypoint(config: Config, run_dir: str | None) -> str:
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--address: got {address}, accepted is the URL of a job server, such as http://HEAD:8265")
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for kind in JobSubmissionClient.__mro__:  # each sets the level of its module's logger when it is imported
+        logging.getLogger(kind.__module__).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and then RAY_ADDRESS, to what it is given
     try:
         return JobSubmissionClient(address)
