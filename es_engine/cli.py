@@ -297,7 +297,10 @@ def main() -> None:
             os.environ.setdefault(variable, "1")
     try:
         app()
-    except _Interrupted:
+    except (_Interrupted, SystemError) as error:
+        # The latter is what Ray makes of an interrupt that comes while it waits.
+        if not isinstance(error, _Interrupted) and not isinstance(error.__cause__, _Interrupted):
+            raise
         _end("interrupted; `es-engine resume RUN` goes on from here; a comparison goes on when it is begun again", 130)
     except ValueError as error:
         _end(str(error), 2)

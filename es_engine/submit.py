@@ -151,8 +151,8 @@ def _entrypoint(config: Config, run_dir: str | None) -> str:
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--address: got {address}, accepted is the URL of a job server, such as http://HEAD:8265")
-    for kind in JobSubmissionClient.__mro__:  # each sets the level of its module's logger when it is imported
-        logging.getLogger(kind.__module__).setLevel(logging.WARNING)
+    for name in ("ray", *(kind.__module__ for kind in JobSubmissionClient.__mro__)):  # modules with levels of their own
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and then RAY_ADDRESS, to what it is given
     try:
         return JobSubmissionClient(address)
