@@ -138,3 +138,16 @@ def test_a_server_that_is_gone_is_not_waited_for_for_ever(config: Config, monkey
     monkeypatch.setattr(submit, "PATIENCE_S", 0.1)
     with pytest.raises(ValueError, match=r"has not answered for 0 s .* job raysubmit_1 may go on"):
         job.follow(print)
+
+
+@pytest.mark.parametrize(("cause", "code"), [(cli._Interrupted(), 130), (OSError(), None)])
+def test_a_job_that_is_stopped_while_ray_waits_ends_in_a_sentence(
+    cause: BaseException, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting() -> None:
+        raise SystemError("returned a result with an exception set") from cause  # as Ray does of a signal's exception
+
+    monkeypatch.setattr(cli, "app", waiting)
+    with patch("signal.signal"), pytest.raises(SystemError if code is None else SystemExit) as end:
+        cli.main()
+    assert getattr(end.value, "code", None) == code
