@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 from es_engine.config import Config
 from es_engine.config.loading import with_placed_files
@@ -29,6 +29,8 @@ MOST_BYTES = GIB // 2
 """What Ray takes as the files of a job."""
 PATIENCE_S = 120.0
 TICK_S = 2.0
+LOST = (aiohttp.ClientError, requests.RequestException, RuntimeError, TimeoutError)
+"""What Ray's client raises when the server is gone, or does not know what it is asked."""
 SUMMARY = "es_engine_summary"
 NOT_SENT = shutil.ignore_patterns(".git", ".gitignore", ".rayignore")  # the last two would keep others from being sent
 
@@ -51,8 +53,9 @@ def summary_line(summary: dict[str, Any]) -> str:
 def submit(config: Config, address: str, run_dir: str | None = None, on_cluster: Collection[str] = ()) -> Job:
     """Send a run, with the files that its config names, to the cluster whose job server is at `address`.
 
-    `run_dir` is a folder of the cluster's head, by default ~/runs/NAME; the files in `on_cluster` are on every node
-    already, at the same paths. Raises ValueError for files that cannot travel and where no job server answers.
+    `run_dir` is a folder of the cluster's head, by default ~/runs/NAME; the files and folders in `on_cluster` are on
+    every node already, at the same paths. Raises ValueError for files that cannot travel and where no job server
+    answers.
     """
     entrypoint = _entrypoint(config, run_dir)
     with tempfile.TemporaryDirectory() as name:
@@ -72,11 +75,11 @@ def pack(config: Config, folder: Path, on_cluster: Collection[str] = ()) -> None
 
     Raises ValueError if a file is not there, or if there is more of them than Ray takes.
     """
-    there = {os.path.abspath(name) for name in on_cluster}
+    there = [os.path.abspath(name) for name in on_cluster]
     places: dict[str, str] = {}
 
     def place(name: str) -> str:
-        if not os.path.isabs(name) or name in there:
+        if not os.path.isabs(name) or any(Path(name).is_relative_to(other) for other in there):
             return name
         return places.setdefault(name, f"./files/{len(places)}/{os.path.basename(name)}")
 
@@ -101,21 +104,33 @@ class Job:
     def follow(self, write: Callable[[str], None]) -> Ending:
         """Hand each line of the log to `write` as it comes, until the job ends.
 
-        A broken connection is made again. Raises ValueError if the server has not answered for minutes; the job may go
-        on all the same.
+        A connection that breaks is made again, and a line says so. Raises ValueError if the server has not answered for
+        minutes; the job may go on all the same.
         """
-        answered = time.monotonic()
+        last_words = False
         while True:
             try:
                 asyncio.run(self._read_log(write))
-                info = self.client.get_job_info(self.id)
-                if info.status.is_terminal():
-                    if info.driver_exit_code is None:
-                        return Ending(1, self._summary, info.message or info.status.value)
-                    return Ending(info.driver_exit_code, self._summary)
-                answered = time.monotonic()
-            except (aiohttp.ClientError, requests.RequestException, RuntimeError) as error:
-                if time.monotonic() - answered > PATIENCE_S:
+                whole = True
+            except LOST as error:
+                whole = last_words
+                write(f"es-engine: the log broke off ({error or type(error).__name__})")
+            info = self._info()
+            if info.status.is_terminal() and whole:
+                if info.driver_exit_code is None:
+                    return Ending(1, self._summary, info.message or info.status.value)
+                return Ending(info.driver_exit_code, self._summary)
+            last_words = info.status.is_terminal()  # the rest of a log that broke off is asked for once more
+            time.sleep(TICK_S)
+
+    def _info(self) -> JobDetails:
+        """What the server says of the job, as soon as it says something."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.client.get_job_info(self.id)
+            except LOST as error:
+                if time.monotonic() > deadline:
                     raise ValueError(
                         f"--address: {self.address} has not answered for {PATIENCE_S:.0f} s ({error}); "
                         f"job {self.id} may go on"
