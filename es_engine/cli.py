@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -42,13 +42,53 @@ Overrides = Annotated[
 def train(
     config: ConfigFile,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; by default runs/NAME.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="End with a line of JSON, for `submit` to read.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a model and leave a run folder."""
     chosen = load_config(config, overrides or [])  # first, so that a slip in it is told at once
     from es_engine.trainer import train as start
 
-    _show_end(start(chosen, run_dir).path)
+    end = start(chosen, run_dir).summary
+    if summary:
+        from es_engine.submit import summary_line
+
+        typer.echo(summary_line(end))
+    else:
+        _show_end(end)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    address: Annotated[str, typer.Option(help="The cluster's job server, such as http://HEAD:8265.")],
+    run_dir: Annotated[
+        str | None, typer.Option(help="Where the run goes on the cluster's head; by default ~/runs/NAME.")
+    ] = None,
+    on_cluster: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="A file or folder that every node has there; it is not sent."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log to the job's end, and end with its exit code.")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Train on a Ray cluster: send a config and the files it names as a job."""
+    chosen = load_config(config, overrides or [])
+    from es_engine.submit import submit as send
+
+    job = send(chosen, address, run_dir, on_cluster or [])
+    typer.echo(f"job: {job.id}")
+    if not wait:
+        return
+    try:
+        ending = job.follow(typer.echo)
+    except _Interrupted:
+        _end(f"no longer following; the job goes on: ray job stop {job.id} --address {address} would end it", 130)
+    if ending.summary is not None:
+        _show_end(ending.summary)
+    if ending.exit_code:
+        why = f" ({ending.message})" if ending.message else ""
+        _end(f"job {job.id} ended with exit code {ending.exit_code}{why}", ending.exit_code)
 
 
 @app.command()
@@ -56,7 +96,7 @@ def resume(run: RunDir) -> None:
     """Go on with a run that was stopped, at whatever instant."""
     from es_engine.trainer import resume as go_on
 
-    _show_end(go_on(run).path)
+    _show_end(go_on(run).summary)
 
 
 @app.command()
@@ -257,7 +297,10 @@ def main() -> None:
             os.environ.setdefault(variable, "1")
     try:
         app()
-    except _Interrupted:
+    except (_Interrupted, SystemError) as error:
+        # The latter is what Ray makes of an interrupt that comes while it waits.
+        if not isinstance(error, _Interrupted) and not isinstance(error.__cause__, _Interrupted):
+            raise
         _end("interrupted; `es-engine resume RUN` goes on from here; a comparison goes on when it is begun again", 130)
     except ValueError as error:
         _end(str(error), 2)
@@ -297,16 +340,15 @@ def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) 
     return load_config(config or beside, overrides), target
 
 
-def _show_end(run: Path) -> None:
+def _show_end(summary: dict[str, Any]) -> None:
     """The held-out figures before and after, and where everything is."""
-    from es_engine.run import Run
-
-    evaluations = Run(run).evaluations
     table = Table("held-out", "reward", "accuracy", "95% interval", box=None, pad_edge=False)
-    for name, line in (("before", evaluations[0]), ("after", evaluations[-1])):
+    for name in ("before", "after"):
+        line = summary[name]
         table.add_row(name, _figure(line["reward"]), _figure(line["accuracy"]), _interval(line["accuracy_ci95"]))
     Console().print(table)
-    typer.echo(f"run: {run}\nadapter: {run / 'adapter'}\nreport: {run / 'report.html'}")
+    run = summary["run"]
+    typer.echo(f"run: {run}\nadapter: {run}/adapter\nreport: {run}/report.html")
 
 
 def _print_summary(summary: dict[str, object]) -> None:

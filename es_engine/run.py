@@ -65,6 +65,13 @@ class Run:
             raise ValueError(f"{self.path}: the run has no final adapter yet; resume it")
         return self.folder.adapter
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Where the run is, how many steps it took, and its held-out figures before and after."""
+        names = ("step", "reward", "accuracy", "accuracy_ci95")
+        figures = [{name: line[name] for name in names} for line in self.evaluations]
+        return {"run": str(self.path), "steps": len(self.ledger), "before": figures[0], "after": figures[-1]}
+
     def evaluate(self, problems: int | None = None, samples: int = 1, temperature: float = 0.0) -> Evaluation:
         """Evaluate the final adapter on held-out problems of the run's own task; greedy at temperature 0."""
         return evaluate(self.config, self.adapter, problems=problems, samples=samples, temperature=temperature)

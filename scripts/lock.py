@@ -1,23 +1,32 @@
-"""Write requirements/cpu.txt: every package of the CPU environment, pinned.
+"""Write requirements/cpu.txt, every package of the CPU environment, and requirements/cluster.txt, what the nodes of a
+Ray cluster need beside them, all pinned.
 
-What is wanted stands in pyproject.toml (its dependencies and the extras `cpu`, `demo` and `dev`); pins already in the
-file are kept where they still fit. Arguments go to `uv pip compile`: `scripts/lock.py --upgrade` takes the newest.
+What is wanted stands in pyproject.toml (its dependencies and the extras `cpu`, `demo` and `dev`, and `cluster`); pins
+already in the files are kept where they still fit. Arguments go to `uv pip compile`: `scripts/lock.py --upgrade` takes
+the newest.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKED = ROOT / "requirements/cpu.txt"
+CLUSTER = ROOT / "requirements/cluster.txt"
 HEADER = """\
 # Written by scripts/lock.py from pyproject.toml. Install it with `pip install --no-deps`: the list is complete, and
 # some packages that others ask for are left out on purpose (scripts/lock.py says which and why).
+"""
+CLUSTER_HEADER = """\
+# Written by scripts/lock.py from pyproject.toml: what the nodes of a Ray cluster need beside requirements/cpu.txt, for
+# Ray's job server, dashboard and metrics. Install it with `pip install --no-deps`.
 """
 EXTRAS = ("cpu", "demo", "dev")
 EXCLUDED = (
@@ -42,8 +51,13 @@ def main() -> None:
         (folder / "excludes.txt").write_text("\n".join(EXCLUDED))
         (folder / "constraints.txt").write_text(TORCH)
         uv = install_uv(folder / "venv")
-        subprocess.run(compile_command(uv, folder), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    LOCKED.write_text(HEADER + LOCKED.read_text())
+        whole = folder / "whole.txt"
+        compile_pins(uv, folder, EXTRAS, LOCKED)
+        shutil.copy(LOCKED, whole)  # whose pins are kept
+        compile_pins(uv, folder, (*EXTRAS, "cluster"), whole)
+        pins, more = (path.read_text().splitlines(keepends=True) for path in (LOCKED, whole))
+    LOCKED.write_text(HEADER + "".join(pins))
+    CLUSTER.write_text(CLUSTER_HEADER + "".join(pin for pin in more if pin not in pins))
 
 
 def install_uv(environment: Path) -> Path:
@@ -52,16 +66,18 @@ def install_uv(environment: Path) -> Path:
     return environment / "bin/uv"
 
 
-def compile_command(uv: Path, folder: Path) -> list[str | Path]:
-    return [
-        *(uv, "pip", "compile", "pyproject.toml", "--output-file", LOCKED),
-        *(f"--extra={extra}" for extra in EXTRAS),
+def compile_pins(uv: Path, folder: Path, extras: Sequence[str], out: Path) -> None:
+    """Pin what the extras ask for into a file."""
+    command: list[str | Path] = [
+        *(uv, "pip", "compile", "pyproject.toml", "--output-file", out),
+        *(f"--extra={extra}" for extra in extras),
         *("--excludes", folder / "excludes.txt"),
         *("--constraints", folder / "constraints.txt"),
         *(f"--find-links={place}" for place in wheel_places()),
         *("--universal", "--python-version", "3.11", "--no-annotate", "--no-header", "--quiet"),
         *sys.argv[1:],
     ]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def wheel_places() -> list[str]:

@@ -37,6 +37,7 @@ FLOORS = {
     "es_engine.session": 4,
     "es_engine.run_folder": 4,
     "es_engine.run": 4,
+    "es_engine.submit": 4,
     "es_engine": 5,
     "es_engine.cli": 5,
 }

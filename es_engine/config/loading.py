@@ -20,7 +20,7 @@ from es_engine.config.tasks import TaskConfig, TaskConfigModel
 from rewards.base import DIALECTS
 
 Tree = dict[str, Any]
-_Absolute = Callable[[str, Path], str]
+Place = Callable[[str], str]  # from the name of a file to where it is
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -156,37 +156,42 @@ def _with_whole_stages(tree: Tree) -> tuple[Tree, set[str]]:
 
 def with_absolute_paths(tree: Tree, folder: Path) -> Tree:
     """The same mapping with the paths of files absolute, each found in `folder` or else in the current directory."""
-    for keys, absolute in _PATHS.items():
-        tree = _with_absolute_path(tree, keys, absolute, folder)
+    return with_placed_files(tree, lambda name: absolute_file(name, folder))
+
+
+def with_placed_files(tree: Tree, place: Place) -> Tree:
+    """The same mapping with `place` applied to the name of every file in it."""
+    for keys, placed in _PATHS.items():
+        tree = _with_placed_file(tree, keys, placed, place)
     if isinstance(tree.get("stages"), list):
-        stages = [with_absolute_paths(each, folder) if isinstance(each, dict) else each for each in tree["stages"]]
+        stages = [with_placed_files(each, place) if isinstance(each, dict) else each for each in tree["stages"]]
         tree = {**tree, "stages": stages}
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("reward"), dict):
-        parts = {name: _part(part, folder) for name, part in task["reward"].items()}
+        parts = {name: _part(part, place) for name, part in task["reward"].items()}
         tree = {**tree, "task": {**task, "reward": parts}}
     return tree
 
 
-def _with_absolute_path(tree: Tree, keys: tuple[str, ...], absolute: _Absolute, folder: Path) -> Tree:
-    """The same mapping with the path at nested keys absolute, where there is one."""
+def _with_placed_file(tree: Tree, keys: tuple[str, ...], placed: _Placed, place: Place) -> Tree:
+    """The same mapping with the file at nested keys placed, where there is one."""
     first, *rest = keys
     found = tree.get(first)
     if rest and isinstance(found, dict):
-        return {**tree, first: _with_absolute_path(found, tuple(rest), absolute, folder)}
+        return {**tree, first: _with_placed_file(found, tuple(rest), placed, place)}
     if rest or not isinstance(found, str) or tree.get("kind") == "tiny":  # whose source is no place
         return tree
-    return {**tree, first: absolute(found, folder)}
+    return {**tree, first: placed(found, place)}
 
 
-def _part(part: Any, folder: Path) -> Any:
-    """A part of a reward, with the path of its verifier, or of its reward model, absolute."""
+def _part(part: Any, place: Place) -> Any:
+    """A part of a reward, with the file of its verifier, or of its reward model, placed."""
     if not isinstance(part, dict) or not isinstance(part.get("verifier"), str):
         return part
     options = part.get("options")
     if part["verifier"] == "reward_model" and isinstance(options, dict) and isinstance(options.get("model"), str):
-        part = {**part, "options": {**options, "model": _model_source(options["model"], folder)}}
-    return {**part, "verifier": _verifier(part["verifier"], folder)}
+        part = {**part, "options": {**options, "model": _model_source(options["model"], place)}}
+    return {**part, "verifier": _verifier(part["verifier"], place)}
 
 
 def absolute_file(name: str, folder: Path) -> str:
@@ -195,24 +200,28 @@ def absolute_file(name: str, folder: Path) -> str:
     return os.path.abspath(folder / path if os.path.exists(folder / path) else path)
 
 
-def _data(name: str, folder: Path) -> str:
+def _file(name: str, place: Place) -> str:
+    return place(name)
+
+
+def _data(name: str, place: Place) -> str:
     """A data set on a hub stays as it is."""
-    return name if name.startswith("hub:") else absolute_file(name, folder)
+    return name if name.startswith("hub:") else place(name)
 
 
-def _model_source(name: str, folder: Path) -> str:
+def _model_source(name: str, place: Place) -> str:
     """A hub id and a GGUF of a package stay as they are; both look like relative paths."""
     if name.startswith("package:"):
         return name
     is_path = name.endswith(".gguf") or name.startswith(("/", ".", "~"))
-    path = absolute_file(name, folder)
+    path = place(name)
     return path if is_path or os.path.exists(path) else name
 
 
-def _verifier(name: str, folder: Path) -> str:
+def _verifier(name: str, place: Place) -> str:
     """Only path/to/file.py has a path; a registered verifier and package.module do not."""
     match = _FILE_OF_VERIFIER.fullmatch(name)
-    return f"{match['dialect'] or ''}{absolute_file(match['path'], folder)}{match['rest']}" if match else name
+    return f"{match['dialect'] or ''}{place(match['path'])}{match['rest']}" if match else name
 
 
 # The function may be left out behind a dialect's prefix only, but there is no other name that ends in .py.
@@ -220,13 +229,14 @@ _FILE_OF_VERIFIER = re.compile(
     rf"(?P<dialect>({'|'.join(DIALECTS)}):)?(?P<path>.+?\.py)(?P<rest>(:\w+)?(\(.*\))?)", re.S
 )
 
-_PATHS: dict[tuple[str, ...], _Absolute] = {
+_Placed = Callable[[str, Place], str]
+_PATHS: dict[tuple[str, ...], _Placed] = {
     ("model", "source"): _model_source,
     ("model", "lessons", "data"): _data,
     ("model", "lessons", "heldout_data"): _data,
     ("method", "teacher", "model"): _model_source,
-    ("method", "teacher", "adapter"): absolute_file,
-    ("space", "init"): absolute_file,
+    ("method", "teacher", "adapter"): _file,
+    ("space", "init"): _file,
     ("method", "data"): _data,
     ("task", "data"): _data,
     ("task", "heldout_data"): _data,
