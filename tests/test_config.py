@@ -172,7 +172,11 @@ SENTENCES = {
     "targets, solutions",
     "task.weights.solved=-1": "task.weights.solved: got -1, accepted is a number >= 0",
     "task.weights=1": "task.weights: got 1, accepted is null or a mapping of format, numbers, solved",
-    "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto",
+    "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto or a mapping of min, max",
+    "pool.workers={min: 3, max: 2}": "pool.workers.max: got 2, accepted is at least min (3)",
+    "pool.workers={min: 0, max: 2}": "pool.workers.min: got 0, accepted is an integer >= 1",
+    "pool.workers={most: 2}": "pool.workers.max: missing, accepted is an integer >= 1\n"
+    "pool.workers.most: unknown key; accepted are min, max",
     "pool.address=head": 'pool.address: got "head", accepted is null, auto, host:port or ray://host:port',
     "budget.generations=null": "budget.generations: got null, accepted is an integer >= 1 while all other "
     "limits are null too",
