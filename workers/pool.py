@@ -198,6 +198,8 @@ class Pool:
             if enough(todo.results.keys()):
                 enough_since = min(enough_since, time.monotonic())
                 if time.monotonic() - enough_since > self._pool.straggler_s:
+                    given_up = [call.name for number, call in enumerate(calls) if number not in todo.results]
+                    self._notify(f"going on without {', '.join(given_up[:NOTICES])}: {len(given_up)} of {len(calls)}")
                     break
         self._round = None
         return [todo.results.get(number) for number in range(len(calls))]
