@@ -1,8 +1,8 @@
 """Faults on a real cluster of several nodes, each brought about once or often: the run's ledger and adapter are those
 of the run that nothing happened to.
 
-Workers are simulated, one a process; all else is real. `make chaos` writes down what it counted, and as stall by how much
-the slowest generation took longer than the median.
+Workers are simulated, one a process; all else is real. `make chaos` writes down what it counted, and as stall by how
+much the slowest generation took longer than the median.
 """
 
 from __future__ import annotations
