@@ -1,6 +1,6 @@
 # `make help` lists the targets. All but `help`, `lock` and `clean` first set up .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test bench lint lock clean
+.PHONY: help setup demo compare test chaos bench lint lock clean
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCHMARKS := noise update swap scoring rollouts generation scaling gradient trl_curves
@@ -21,8 +21,12 @@ compare: $(INSTALLED)  ## compare ES, GRPO and SFT on the tiny model: five minut
 
 test: lint  ## lint, then every test
 	scripts/chromium.sh
-	$(BIN)/pytest -m "not vllm" --numprocesses 2 --dist loadfile
-	$(BIN)/pytest -m vllm --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not vllm and not chaos" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "vllm and not chaos" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+chaos: $(INSTALLED)  ## every fault on a real cluster, with what was counted in runs/chaos.jsonl
+	mkdir -p runs && rm -f runs/chaos.jsonl
+	CHAOS_TABLE=runs/chaos.jsonl $(BIN)/pytest tests/test_chaos.py tests/test_chaos_driver.py
 
 bench: $(INSTALLED)  ## the short form of every benchmark, with figures and plots under runs/bench
 	for name in $(BENCHMARKS); do \

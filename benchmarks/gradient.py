@@ -25,7 +25,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -169,6 +169,9 @@ class OneModel:
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         return [self._gradient(*call.arguments) for call in calls]
+
+    def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
+        return self.run(calls)
 
     def _gradient(self, loss: Loss, samples: Sequence[Sample], theta: Vector, version: int) -> PartialGradient:
         self._model.set_theta(theta)

@@ -207,7 +207,9 @@ def speed(workers: int, generations: int) -> float:
         speeds = []
         for generation in range(1 + generations):
             started = time.perf_counter()
-            record = method.estimate(session.pool, theta, 0, problems, generation, 0.3).record
+            record = method.estimate(
+                session.pool, theta, 0, problems, generation, 0.3, session.materials.space.dim
+            ).record
             speeds.append(record["tokens"] / (time.perf_counter() - started))
     return statistics.median(speeds[1:])
 

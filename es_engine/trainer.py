@@ -122,6 +122,7 @@ def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: Stat
         "moves": moves,
         "theta": fingerprint(state.theta),
         "restarts": session.pool.restarts,
+        "speculative": session.pool.speculative,
     }
     line["times"]["total"] = time.perf_counter() - started
     if not isinstance(materials.method, EvolutionStrategies):

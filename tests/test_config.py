@@ -138,8 +138,8 @@ def test_task_weights_reach_the_verifier(tmp_path: Path) -> None:
 
 SENTENCES = {
     "method.populaton=8": "method.populaton: unknown key, perhaps population; accepted for kind es are kind, "
-    "fitness, teacher, data, population, mirrored, sigma, sigma_schedule, shaping, prompts, sharing, samples, "
-    "temperature, top_p, probe_pairs, probe_sigmas",
+    "fitness, teacher, data, population, mirrored, min_pairs, sigma, sigma_schedule, shaping, prompts, sharing, "
+    "samples, temperature, top_p, probe_pairs, probe_sigmas",
     "optimizer.betas=[0.9, 0.9]": "optimizer.betas: unknown key; accepted for kind sgd are kind, lr, lr_schedule, "
     "momentum, nesterov, weight_decay, decay_to",
     "space.rank=0": "space.rank: got 0, accepted is an integer >= 1",
@@ -172,7 +172,12 @@ SENTENCES = {
     "targets, solutions",
     "task.weights.solved=-1": "task.weights.solved: got -1, accepted is a number >= 0",
     "task.weights=1": "task.weights: got 1, accepted is null or a mapping of format, numbers, solved",
-    "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto",
+    "method.min_pairs=17": "method.min_pairs: got 17, accepted is null or at most 16, the pairs of a generation",
+    "pool.workers=0": "pool.workers: got 0, accepted is an integer >= 1 or auto or a mapping of min, max",
+    "pool.workers={min: 3, max: 2}": "pool.workers.max: got 2, accepted is at least min (3)",
+    "pool.workers={min: 0, max: 2}": "pool.workers.min: got 0, accepted is an integer >= 1",
+    "pool.workers={most: 2}": "pool.workers.max: missing, accepted is an integer >= 1\n"
+    "pool.workers.most: unknown key; accepted are min, max",
     "pool.address=head": 'pool.address: got "head", accepted is null, auto, host:port or ray://host:port',
     "budget.generations=null": "budget.generations: got null, accepted is an integer >= 1 while all other "
     "limits are null too",

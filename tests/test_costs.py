@@ -145,7 +145,7 @@ def test_the_page_on_budgets_has_every_limit_and_measure() -> None:
 class InProcessPool(FunctionRunner):
     """A pool that a run takes for Ray's. Its workers cost 0.5 s a chunk and 0.25 s a sum of noise."""
 
-    restarts = 0
+    restarts = speculative = 0
 
     def __init__(self, setup: WorkerSetup, _notify: object) -> None:
         super().__init__(first_coordinates, setup.space.dim, seed=setup.config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from es_engine.methods.es import Estimate, EvolutionStrategies, whole_pairs
 from es_engine.optimizers import build_optimizer
 from workers.engine import Member, Sampling, Vector
 from workers.perturbation import Perturber
+from workers.pool import Call
 
 SEED = 1  # of the runner's noise
 NAN = float("nan")
@@ -31,7 +33,7 @@ def method(chunk: int = 4, **changes: Any) -> EvolutionStrategies:
 
 
 def estimate(es: EvolutionStrategies, runner: FunctionRunner, theta: Vector, generation: int, sigma: float) -> Estimate:
-    return es.estimate(runner, theta, generation, problems(es.batch_size), generation, sigma)
+    return es.estimate(runner, theta, generation, problems(es.batch_size), generation, sigma, len(theta))
 
 
 def linear(gradient: npt.NDArray[np.float64], even: float = 0.0) -> Reward:
@@ -352,3 +354,42 @@ def test_each_worker_is_told_which_chunk_it_will_probably_be_given_next() -> Non
     # Three chunks for two workers: the first worker gets the last, and then both begin the next generation.
     chunks = [(chunk.generation, chunk.sigma, chunk.members) for step in (3, 4) for chunk in es.chunks(step, 0.1)]
     assert [call.arguments[-1] for call in evaluations] == chunks[2:5]
+
+
+# --- without stragglers
+
+
+class Impatient(FunctionRunner):
+    """Gives up the calls of some chunks, where it is allowed to."""
+
+    def __init__(self, late: set[int], reward: Reward, dim: int) -> None:
+        super().__init__(reward, dim)
+        self.late = late
+
+    def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
+        done = [number for number in range(len(calls)) if number not in self.late]
+        assert enough(done)
+        assert not enough(done[:-1])
+        results = dict(zip(done, self.run([calls[number] for number in done]), strict=True))
+        return [results.get(number) for number in range(len(calls))]
+
+
+def test_a_generation_without_its_stragglers_is_that_of_the_other_pairs_and_is_replayed() -> None:
+    """Chunk 1 of three pairs is late: what is left is the mean over the two others."""
+    dim = 300
+    gradient = np.random.default_rng(0).standard_normal(dim)
+    es = method(population=6, chunk=2, shaping="per_prompt", prompts=2, min_pairs=2)
+    runner = Impatient({1}, linear(gradient), dim)
+    found = estimate(es, runner, np.zeros(dim, dtype=np.float32), generation=7, sigma=0.1)
+    eps = eps_of(7, 3, dim)[[0, 2]]
+    expected = 0.1**2 * ((eps @ gradient)[:, None] * eps).mean(axis=0)
+    assert found.direction is not None
+    np.testing.assert_allclose(found.direction, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert found.record["absent"] == [1]
+    assert [row[0] is None for row in found.record["rewards"]] == [False, False, True, True, False, False]
+    assert found.record["rollouts"] == 8
+    record = json.loads(json.dumps({**found.record, "step": 7}))
+    replayed = es.replay(record, Perturber(SEED, dim, 1).noise_sum)
+    assert replayed is not None
+    assert replayed.tobytes() == found.direction.tobytes()
+    assert sum(call.method == "noise_sum" for call in runner.calls) == 2

@@ -217,7 +217,7 @@ def imitate(pool: OneToken, theta: Vector, generation: int, population: int, sha
     config = EsMethodConfig(**method, fitness="teacher", teacher=TeacherConfig(adapter="near"))
     es = EvolutionStrategies(config, chunk=32, sampling=Sampling(1, 32, 1.0), fitness=TeacherFitness(parameters=1))
     batch = [Problem(Example(str(number), answer="", info={}), "", ids) for number, ids in enumerate(PROMPTS)]
-    direction = es.estimate(pool, theta, generation, batch, generation, sigma=0.3).direction
+    direction = es.estimate(pool, theta, generation, batch, generation, sigma=0.3, dim=len(theta)).direction
     assert direction is not None
     return direction
 

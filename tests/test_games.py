@@ -378,7 +378,7 @@ def test_who_plays_which_games_changes_nothing(scorers: dict[str, Scorer]) -> No
     found = []
     for count in (1, 2, 3):
         pool = Workers(*(build_worker(scorers["chat"], index) for index in range(count)))
-        estimate = es.estimate(pool, theta, 0, problems, 0, 0.1)
+        estimate = es.estimate(pool, theta, 0, problems, 0, 0.1, len(theta))
         assert estimate.direction is not None
         record = {key: value for key, value in estimate.record.items() if key not in ("times", "workers")}
         found.append((estimate.direction.tobytes(), record))
@@ -391,7 +391,7 @@ def test_an_environment_that_fails_in_most_games_ends_the_run(hostile_scorer: Sc
     problems = [PREPARE(Example(str(number), "", {"reset": "raises"}, prompt="go:")) for number in range(3)]
     sentence = r"^task: 12 of 12 rollouts could not be scored \(turn: exception 12\); one error: .*no such opening"
     with pytest.raises(ValueError, match=sentence):
-        es.estimate(Workers(build_worker(hostile_scorer)), np.ones(DIM, np.float32), 0, problems, 0, 0.1)
+        es.estimate(Workers(build_worker(hostile_scorer)), np.ones(DIM, np.float32), 0, problems, 0, 0.1, DIM)
 
 
 def test_samples_of_one_turn_hold_the_notes_of_the_verifier(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class InlinePool:
     """One worker in this process, used as a `Pool` is."""
 
     size = 1
-    restarts = 0
+    restarts = speculative = 0
 
     def __init__(self, setup: WorkerSetup, _notify: object) -> None:
         self._worker = HostileWorker(setup, 0, None)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from es_engine.config import parse_config
 from workers import pool as pools
@@ -26,12 +26,16 @@ class Process:
         self.tasks: list[SimpleNamespace] = []
         self.dead = False
 
+    @property
+    def node(self) -> str:
+        return self.options["scheduling_strategy"].node_id
+
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *arguments: self.begin(method, arguments))
 
     def begin(self, method: str, arguments: tuple[Any, ...]) -> SimpleNamespace:
         seconds, outcome = self.cluster.behave(self.number, method, arguments)
-        if self.dead:
+        if self.dead or self.node not in self.cluster.nodes_alive:
             seconds, outcome = 0.0, ActorDiedError()
         running = sum(task.ends > self.cluster.now for task in self.tasks)
         assert running < self.options.get("max_concurrency", 1), "a call would wait behind another"
@@ -45,6 +49,10 @@ class Process:
                 task.ends, task.outcome = self.cluster.now, ActorDiedError()
 
 
+def name(node: int) -> str:
+    return f"{node:056x}"
+
+
 class Cluster:
     """As much of Ray as the pool uses."""
 
@@ -53,12 +61,39 @@ class Cluster:
         self.now = 0.0
         self.processes: list[Process] = []
         self.setups: dict[int, Any] = {}
+        self.nodes_alive = {name(0): 2.0, name(1): 2.0}
+        self.events: list[tuple[float, Callable[[], None]]] = []
 
     def is_initialized(self) -> bool:
         return True
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": f"{number:056x}", "Alive": True, "Resources": {"CPU": 2.0}} for number in range(2)]
+        gone = [{"NodeID": name(9), "Alive": False, "Resources": {}}]
+        return gone + [{"NodeID": node, "Alive": True, "Resources": {"CPU": c}} for node, c in self.nodes_alive.items()]
+
+    def at(self, moment: float, event: Callable[[], None]) -> None:
+        """Have something happen at a time."""
+        self.events.append((moment, event))
+
+    def lose(self, node: int) -> None:
+        """A node is gone, with all that ran there."""
+        del self.nodes_alive[name(node)]
+        for process in self.processes:
+            if process.node == name(node):
+                process.die()
+
+    def join(self, node: int, cpus: float = 2.0) -> None:
+        """A node joins."""
+        self.nodes_alive[name(node)] = cpus
+
+    def sleep(self, seconds: float) -> None:
+        self._move(self.now + seconds)
+
+    def _move(self, moment: float) -> None:
+        self.now = max(self.now, moment)
+        for event in [event for event in self.events if event[0] <= self.now]:
+            self.events.remove(event)
+            event[1]()
 
     def put(self, value: Any) -> Any:
         return value
@@ -75,7 +110,7 @@ class Cluster:
         return self.processes[-1]
 
     def wait(self, tasks: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-        self.now = max(self.now, min(self.now + timeout, *(task.ends for task in tasks)))
+        self._move(min(self.now + timeout, *(task.ends for task in tasks)))
         done = [task for task in tasks if task.ends <= self.now][:num_returns]
         for task in done:
             if isinstance(task.outcome, ActorDiedError):
@@ -107,7 +142,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Pool, Cluster,
     ) -> tuple[Pool, Cluster, Notices]:
         cluster, notices = Cluster(behave), Notices()
         monkeypatch.setattr(pools, "ray", cluster)
-        monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: cluster.now))
+        monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
         config = parse_config(
             {
                 "name": "test",
@@ -190,6 +225,164 @@ def test_a_call_past_its_limit_goes_to_another_worker(start: Any) -> None:
     ]
 
 
+# --- nodes that come and go
+
+
+def test_a_node_that_joins_is_used_within_the_round_under_way(start: Any) -> None:
+    pool, cluster, notices = start(well, workers={"min": 1, "max": 5})
+    assert pool.size == 4
+    cluster.at(10, lambda: cluster.join(2))
+    results = pool.run([call(5) for _ in range(40)])
+    assert set(results) == {0, 1, 2, 3, 4}
+    assert cluster.processes[4].node == name(2)
+    assert cluster.now < 1 + 50
+    assert notices == ["1 workers more, 5 now: there is room for them"]
+    assert pool.restarts == 0
+
+
+def test_auto_grows_with_the_cluster_and_a_number_does_not(start: Any) -> None:
+    for workers, size in (("auto", 6), (3, 3)):
+        pool, cluster, _ = start(well, workers=workers)
+        cluster.at(3, lambda cluster=cluster: cluster.join(2))
+        pool.run([call(5) for _ in range(20)])
+        assert pool.size == size
+
+
+def test_a_lost_node_takes_its_workers_and_the_others_do_their_calls(start: Any) -> None:
+    pool, cluster, notices = start(well, workers="auto")
+    cluster.at(4, lambda: cluster.lose(1))
+    assert set(pool.run([call(5) for _ in range(8)])) == {0, 1}
+    assert pool.size == 2
+    assert pool.restarts == 2
+    assert cluster.now < 1 + 5 * 4 + 5
+    assert notices == [f"worker {index} is lost (ActorDiedError); there is no room for another" for index in (2, 3)]
+
+
+def test_a_replacement_goes_where_there_is_room(start: Any) -> None:
+    pool, cluster, notices = start(well, workers=2)
+    assert [process.node for process in cluster.processes] == [name(0), name(0)]
+    cluster.at(4, lambda: cluster.lose(0))
+    assert set(pool.run([call(5) for _ in range(4)])) == {2, 3}
+    assert [process.node for process in cluster.processes[2:]] == [name(1), name(1)]
+    assert notices == [f"worker {index} is replaced (ActorDiedError)" for index in (0, 1)]
+
+
+def test_a_node_whose_loss_nobody_is_told_of_is_noticed(start: Any) -> None:
+    """Calls to it never return, as where a cable is cut."""
+
+    def cut_off(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        lost = process > 1 and method != "start"
+        return (1e9, None) if lost else well(process, method, arguments)
+
+    pool, cluster, _ = start(cut_off, workers="auto")
+    cluster.at(4, lambda: cluster.nodes_alive.pop(name(1)))
+    assert set(pool.run([call(5) for _ in range(8)])) == {0, 1}
+    assert cluster.now < 60
+
+
+def test_too_few_workers_wait_for_a_node(start: Any) -> None:
+    pool, cluster, notices = start(well, workers={"min": 3, "max": 4}, node_timeout_s=100.0)
+    cluster.at(4, lambda: cluster.lose(0))
+    cluster.at(5, lambda: cluster.lose(1))
+    cluster.at(80, lambda: cluster.join(2, cpus=3.0))
+    assert set(pool.run([call(5) for _ in range(8)])) <= {4, 5, 6, 7, 8, 9}
+    assert pool.size == 3
+    assert 80 < cluster.now < 105
+    assert "2 of at least 3 workers have room; nodes are waited for up to 100 s" in notices
+
+
+def test_without_a_node_in_time_the_run_ends_in_a_sentence(start: Any) -> None:
+    pool, cluster, _ = start(well, node_timeout_s=100.0)
+    cluster.at(4, lambda: [cluster.lose(node) for node in (0, 1)])
+    with pytest.raises(ValueError, match=r"^pool.workers: 0 of at least 2 workers have room, and no node came"):
+        pool.run([call(5)])
+    assert 104 < cluster.now < 110
+
+
+def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any) -> None:
+    def choosy(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if process == 4:
+            return 1.0, RayTaskError("start", "trace", ValueError("model.source: differs"))
+        return (1.0, ActorDiedError()) if process > 4 else well(process, method, arguments)
+
+    pool, cluster, notices = start(choosy, workers={"min": 1, "max": 5}, retries=1)
+    cluster.at(3, lambda: cluster.join(2))
+    cluster.at(30, lambda: cluster.join(3))
+    assert set(pool.run([call(5) for _ in range(60)])) == {0, 1, 2, 3}
+    barred = [notice for notice in notices if "no more workers" in notice]
+    assert ["model.source: differs" in notice for notice in barred] == [True, False]
+
+
+# --- slow workers
+
+
+def slow(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+    """As `well`, on a first worker that takes ten times as long."""
+    seconds, result = well(process, method, arguments)
+    return (10 * seconds if process == 0 and method != "start" else seconds), result
+
+
+def test_a_late_call_is_given_to_an_idle_worker_too_and_the_first_answer_counts(start: Any) -> None:
+    pool, cluster, _ = start(slow)
+    assert pool.run([call(5) for _ in range(4)]) == [1, 1, 1, 1]
+    assert cluster.now == pytest.approx(1 + 20, abs=1)
+    assert pool.speculative == 1
+    assert pool.run([call(5), call(5)]) == [1, 1]  # while the other is still at the call that nobody waits for
+    assert pool.run([call(5) for _ in range(6)])[0] == 0 or cluster.now > 51
+    assert pool.restarts == 0
+
+
+def test_calls_that_prefer_a_late_worker_go_to_others(start: Any) -> None:
+    pool, cluster, _ = start(slow)
+    assert pool.run([call(5, 0), call(5, 0), call(5, 1), call(5, 0)]) == [1, 1, 1, 1]
+    assert cluster.now < 1 + 40
+
+
+def test_calls_of_about_equal_length_are_carried_out_once(start: Any) -> None:
+    pool, _, _ = start(well, workers=4)
+    pool.run([call(seconds) for seconds in (4, 9, 5, 11, 4, 8, 10)])
+    assert pool.speculative == 0
+
+
+def test_a_call_whose_second_worker_dies_is_still_answered_by_the_first(start: Any) -> None:
+    def fragile(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        dies = process == 1 and arguments == (7,)
+        return (1.0, ActorDiedError()) if dies else slow(process, method, arguments)
+
+    pool, _, _ = start(fragile)
+    assert pool.run([call(7), call(5), call(5)]) == [0, 1, 1]
+    assert pool.speculative >= 1
+
+
+# --- replies that cannot be right
+
+
+def test_a_worker_that_replies_nonsense_is_replaced_and_its_call_given_to_others(start: Any) -> None:
+    def broken(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, float("nan") if process == 1 and method != "start" else result
+
+    def fault(reply: Any) -> str | None:
+        return "it is no number" if reply != reply else None
+
+    pool, _, notices = start(broken)
+    assert set(pool.run([Call(f"call {number}", "evaluate", (5,), fault=fault) for number in range(6)])) == {0, 2}
+    assert notices == ["worker 1 is replaced (a bad reply to call 1: it is no number)"]
+    with pytest.raises(RuntimeError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
+        pool.run([Call("call 7", "evaluate", (5,), fault=lambda _: "never right")])
+
+
+# --- stragglers
+
+
+def test_once_there_are_enough_the_others_are_waited_for_so_long_and_no_longer(start: Any) -> None:
+    pool, cluster, _ = start(slow, straggler_s=3.0)
+    results = pool.run_until([call(2, 0), call(2, 1), call(2, 1)], lambda done: len(done) >= 2)
+    assert results == [None, 1, 1]
+    assert cluster.now == pytest.approx(1 + 4 + 3, abs=1.1)
+    assert pool.run([call(2)]) == [1]
+
+
 # --- another run
 
 
@@ -246,7 +439,7 @@ def shared(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float
 
 def test_simulated_workers_share_as_few_processes_as_hold_them(start: Any) -> None:
     pool, cluster, _ = start(shared, {"kind": "simulated", "workers_per_process": 4}, workers=9)
-    assert [process.options["max_concurrency"] for process in cluster.processes] == [3, 3, 3]
+    assert [process.options["max_concurrency"] for process in cluster.processes] == [4, 4, 4]
     assert {process.options["num_cpus"] for process in cluster.processes} == {0}
     assert len({process.options["scheduling_strategy"].node_id for process in cluster.processes}) == 2
     assert pool.run([call(5)] * 9) == [(worker, worker % 3) for worker in range(9)]

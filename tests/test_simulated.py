@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from es_engine.spaces.lora import LoraSpace
 from es_engine.trainer import train
 from workers import actor, simulated_engine
 from workers.actor import WorkerSetup
-from workers.chunks import Chunk, Problem
+from workers.chunks import Chunk, Problem, fault_of
 from workers.engine import Completion, Member, Request, Sampling, Vector
 from workers.pool import Call
 from workers.simulated_engine import PATTERN, SimulatedEngine, SimulatedWorkers, decoding_seconds
@@ -244,6 +245,23 @@ def simulated_problem(example: Any) -> Problem:
     return Problem(example, example.prompt, (1, 2, 3))
 
 
+def test_replies_that_cannot_be_right_are_recognised(clock: Clock) -> None:
+    config = build_config()
+    space = LoraSpace([Matrix("layer", 8, 8, 1.0)], rank=4, alpha=8.0)
+    process = SimulatedWorkers()
+    process.carry_out(0, "start", WorkerSetup(config, space, "", (), slots=2, parameters=100))
+    chunk = Chunk(1, 0, 0.3, PAIR, ((0, 1), (0, 1)), Sampling(16))
+    batch = [simulated_problem(config.task.build().example("train", number)) for number in range(2)]
+    good = process.carry_out(0, "evaluate", chunk, batch, space.start(), 1)
+    assert fault_of(chunk, batch, good) is None
+    assert fault_of(chunk, batch, replace(good, rewards=good.rewards[:1])) is not None
+    for value, counted in ((np.nan, False), (np.inf, False), (np.nan, True)):
+        rewards = good.rewards.copy()
+        rewards[1, 0, 0] = value
+        failures = {**good.failures, ("verifier", "timeout"): 1} if counted else good.failures
+        assert (fault_of(chunk, batch, replace(good, rewards=rewards, failures=failures)) is None) == counted
+
+
 # --- the update
 
 
@@ -265,7 +283,7 @@ class CountingRunner(FunctionRunner):
 
 def update(runner: FunctionRunner) -> Vector:
     es = EvolutionStrategies(EsMethodConfig(population=80, prompts=1, sigma=0.1), chunk=2, sampling=Sampling(8))
-    direction = es.estimate(runner, noise.draw(9, 9, 9, 300), 0, problems(1), 0, 0.1).direction
+    direction = es.estimate(runner, noise.draw(9, 9, 9, 300), 0, problems(1), 0, 0.1, 300).direction
     assert direction is not None
     return direction
 

@@ -6,8 +6,8 @@ Shapes: k members of the chunk, P problems a member, n samples a problem.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ class ChunkResult:
 
     `truncated` counts the rollouts that max_tokens (or, in a game, the context) cut short, `looped` those that
     max_repeats did. `error` is what was said of one of the rollouts in `failures`. `transcripts` are by member, problem
-    and sample, None where the chunk does not keep them.
+    and sample, None where the chunk does not keep them. An `absent` one was given up: nothing came of it.
     """
 
     rewards: Scores
@@ -123,6 +123,7 @@ class ChunkResult:
     seconds: dict[str, float]
     costs: Costs
     worker: int = -1
+    absent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,25 @@ def collect(chunk: Chunk, found: Outcomes) -> ChunkResult:
         seconds={},
         costs=Costs(),
     )
+
+
+def absent(chunk: Chunk) -> ChunkResult:
+    """The result of a chunk that was given up."""
+    return replace(collect(chunk, Outcomes([], 0, 0.0)), absent=True)
+
+
+def fault_of(chunk: Chunk, batch: Sequence[Problem], result: ChunkResult) -> str | None:
+    """What is wrong with a worker's reply, None if nothing is: every rollout has a finite reward or is counted as a
+    failure, and every reference that there is has its likelihood."""
+    shape = (len(chunk.members), len(chunk.problems[0]), chunk.sampling.samples)
+    if not result.rewards.shape == result.accuracy.shape == result.tokens.shape == shape:
+        return f"it has rewards of shape {result.rewards.shape}, not {shape}"
+    if np.isinf(result.rewards).any():
+        return "a reward is infinite"
+    accounted = sum(result.failures.values()) + sum(batch[place].reference == () for _, place in chunk.questions)
+    if (missing := int(np.isnan(result.rewards).sum()) - accounted) > 0:
+        return f"{missing} rollouts have neither a reward nor a failure"
+    return None
 
 
 def by_verifier(failures: Failures) -> dict[str, dict[str, int]]:

@@ -1,4 +1,5 @@
-"""The workers of a run: Ray actors, where they are placed, what they are given to do, and what happens when they die.
+"""The workers of a run: Ray actors, where they are placed, what they are given to do, and what happens when they die,
+or their nodes do.
 
 A call is independent of the worker that carries it out, so a dead worker's call simply goes to another. The pool holds
 no state of the run.
@@ -10,84 +11,81 @@ import math
 import os
 import signal
 import socket
+import statistics
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from es_engine.config import Config, SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
+from workers.places import Place, bounds, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
 TICK_S = 1.0
+NODES_S = 5.0
+"""How often the cluster is asked for its nodes."""
 NOTICE_S = 60.0
 NOTICES = 8  # at once: a screen, not hundreds of lines
 KNOCK_S = 10.0
-DEATHS = (ActorDiedError, ActorUnavailableError, ObjectLostError, WorkerCrashedError)
+LATE = 3.0
+"""A call is late when it has run this many times as long as the median of those of its round that are done; it may
+then be given to an idle worker as well. A chunk has hundreds of rollouts, so that those of one round take about the
+same time, and what takes three times as long is slow because of its worker."""
+LATE_S = 1.0
+"""No call is late before."""
+DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
 PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best."""
+    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best.
+
+    `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
+    goes to another.
+    """
 
     name: str
     method: str
     arguments: tuple[Any, ...]
     preferred: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a worker runs: a node and, on CPU, some of the cores its processes may use.
-
-    Workers with the same number `shared` are threads of one process and take no CPU; None is a process of its own.
-    """
-
-    node: str
-    cores: tuple[int, ...] | None = None
-    gpus: int = 0
-    shared: int | None = None
-
-
-@dataclass(slots=True)
-class _Seat:
-    """A worker's place, its present actor and the setup that this serves; `call` is the number of the call it is busy
-    with."""
-
-    index: int
-    place: Place
-    actor: Any = None
-    setup: Any = None
-    task: Any = None
-    call: int | None = None
-    since: float = 0.0
-    noticed: float = 0.0
-    failed_starts: int = 0
+    fault: Callable[[Any], str | None] = lambda _: None
 
 
 class _Round:
     """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
-    by the worker they prefer."""
+    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
         self.waiting: defaultdict[int | None, deque[int]] = defaultdict(deque)
         self.results: dict[int, Any] = {}
+        self.took: list[float] = []
+        self.repeated: set[int] = set()
         self.deaths: Counter[int] = Counter()
         for number, call in enumerate(calls):
             self.waiting[call.preferred].append(number)
 
-    def take(self, worker: int, alive: AbstractSet[int | None]) -> int | None:
-        """Take out the first waiting call that prefers this worker, or else that no living worker is preferred for."""
-        candidates = [worker] if worker in self.waiting else [other for other in self.waiting if other not in alive]
+    def take(self, worker: int, on_time: AbstractSet[int | None]) -> int | None:
+        """Take out the first waiting call that prefers this worker, or else that no worker which is on time is
+        preferred for."""
+        candidates = [worker] if worker in self.waiting else [other for other in self.waiting if other not in on_time]
         if not candidates:
             return None
         preferred = min(candidates, key=lambda other: self.waiting[other][0])
@@ -100,9 +98,41 @@ class _Round:
         """Have a call given out again, before the others that prefer the same worker."""
         self.waiting[self.calls[number].preferred].appendleft(number)
 
+    @property
+    def late_after(self) -> float:
+        """Seconds after which a call is late."""
+        return max(LATE_S, LATE * statistics.median(self.took)) if self.took else math.inf
+
+
+@dataclass(slots=True)
+class _Seat:
+    """A worker's place, its present actor and the setup that this serves; it may be busy with call `number` of a round,
+    perhaps one that is over."""
+
+    index: int
+    place: Place
+    actor: Any = None
+    setup: Any = None
+    task: Any = None
+    round: _Round | None = None
+    number: int = -1
+    since: float = 0.0
+    noticed: float = 0.0
+    failed_starts: int = 0
+
+    @property
+    def busy_with(self) -> str:
+        """What it does, for people."""
+        return "its start" if self.round is None else self.round.calls[self.number].name
+
+    def is_free(self) -> None:
+        """Note that it has nothing to do."""
+        self.task = self.round = None
+
 
 class Pool:
-    """A fixed number of workers, each replaced when it dies or hangs."""
+    """Workers on the nodes that there are. One that dies or hangs is replaced where there is room, more begin when a
+    node joins, and fewer go on when one is lost, as far as `pool.workers` allows."""
 
     def __init__(self, setup: WorkerSetup, notify: Callable[[str], None] = print) -> None:
         """Connects to Ray (or starts it) and starts the workers.
@@ -110,16 +140,29 @@ class Pool:
         Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part.
         """
         self.restarts = 0
-        self._config = setup.config.pool
+        self.speculative = 0
         self._notify = notify
-        self._owns_ray = connect(self._config.address)
+        self._config = setup.config
+        self._pool = setup.config.pool
+        self._round: _Round | None = None
+        self._seats: list[_Seat] = []
+        self._shared: dict[tuple[str, int], Any] = {}
+        self._barred: set[str] = set()
+        self._short_since: float | None = None
+        self._owns_ray = connect(self._pool.address)
         try:
-            self._threads = self._config.threads
             self._setup = ray.put(setup)
-            self._shared: dict[int, Any] = {}
-            self._seats = [_Seat(index, place) for index, place in enumerate(plan_places(setup.config))]
-            for seat in self._seats:
-                self._start(seat)
+            nodes = living_nodes()
+            self._on_gpu = _uses_gpus(self._config) and any(each.get("GPU", 0) >= 1 for each in nodes.values())
+            places = self._places(nodes)
+            self._fewest, self._most = bounds(self._pool)
+            if len(places) < self._fewest:
+                kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
+                raise ValueError(
+                    f"pool.workers: the cluster has room for {len(places)} workers of {kind} each, not {self._fewest}"
+                )
+            self._looked = time.monotonic()
+            self._fill(places)
             self.workers = self._wait_for_start()
         except BaseException:
             self.close()
@@ -127,8 +170,8 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """The number of workers."""
-        return len(self._seats)
+        """The number of workers at the moment, at least 1."""
+        return max(1, len(self._seats))
 
     def put(self, value: Any) -> Any:
         """Share a value with all workers; pass what comes back as a call's argument."""
@@ -137,24 +180,35 @@ class Pool:
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
-        An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers.
+        An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
+        ValueError if there are too few workers for longer than `pool.node_timeout_s`.
         """
-        todo = _Round(calls)
+        return self.run_until(calls, lambda done: len(done) == len(calls))
+
+    def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
+        """The same, but once the calls that are done (their numbers) are `enough`, the others are waited for
+        `pool.straggler_s` and no longer; the results of those that are given up are None."""
+        todo = self._round = _Round(calls)
+        enough_since = math.inf
         while len(todo.results) < len(calls):
             self._give_work(todo)
-            tasks = [seat.task for seat in self._seats if seat.task is not None]
-            done, _ = ray.wait(tasks, num_returns=1, timeout=TICK_S)
-            for seat in [seat for seat in self._seats if seat.task in done]:
-                self._take_result(seat, todo)
-            self._watch(todo)
-        return [todo.results[number] for number in range(len(calls))]
+            for seat in self._done([seat for seat in self._seats if seat.task is not None]):
+                self._take_result(seat)
+            self._watch()
+            if enough(todo.results.keys()):
+                enough_since = min(enough_since, time.monotonic())
+                if time.monotonic() - enough_since > self._pool.straggler_s:
+                    given_up = [call.name for number, call in enumerate(calls) if number not in todo.results]
+                    self._notify(f"going on without {', '.join(given_up[:NOTICES])}: {len(given_up)} of {len(calls)}")
+                    break
+        self._round = None
+        return [todo.results.get(number) for number in range(len(calls))]
 
     def assign(self, setup: WorkerSetup) -> None:
         """Have the workers, and those that will replace them, serve another run, of the same engine and pool.
 
         Raises ValueError if one of them cannot.
         """
-        assert all(seat.call is None for seat in self._seats), "a call is still being carried out"
         self._setup = ray.put(setup)
         for seat in self._seats:
             if seat.task is None:
@@ -163,7 +217,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
-        for seat in getattr(self, "_seats", []):
+        for seat in self._seats:
             if seat.actor is not None:
                 ray.kill(seat.actor)
         if self._owns_ray:
@@ -175,13 +229,14 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # --- actors
+
     def _start(self, seat: _Seat) -> None:
         seat.actor, seat.setup = self._process(seat), self._setup
         if seat.place.shared is None:
             self._send(seat, "start")
         else:  # in a process that may be older than the setup
             self._send(seat, "start", self._setup)
-        seat.call = None
 
     def _assign(self, seat: _Seat) -> None:
         self._send(seat, "assign", self._setup)
@@ -191,19 +246,21 @@ class Pool:
         """A new process for a worker or, where several share one, the one its fellows have moved to."""
         place = seat.place
         options: dict[str, Any] = {
-            "num_cpus": self._threads if place.shared is None else 0,
+            "num_cpus": self._pool.threads if place.shared is None else 0,
             "num_gpus": place.gpus,
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False),
-            "runtime_env": {"env_vars": _environment(self._threads)},
+            "runtime_env": {"env_vars": _environment(self._pool.threads)},
         }
         if place.shared is None:
             return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores)
-        if self._shared.get(place.shared) is seat.actor:  # none yet, or the one that died under this worker
-            threads = sum(other.place.shared == place.shared for other in self._seats)
+        assert isinstance(self._config.engine, SimulatedEngineConfig)
+        key = (place.node, place.shared)
+        if self._shared.get(key) is seat.actor:  # none yet, or the one that died under this worker
+            threads = self._config.engine.workers_per_process
             processes = ray.remote(SimulatedWorkers).options(**options, max_concurrency=threads)
-            self._shared[place.shared] = processes.remote()
-        return self._shared[place.shared]
+            self._shared[key] = processes.remote()
+        return self._shared[key]
 
     def _send(self, seat: _Seat, method: str, *arguments: Any) -> None:
         """Have a worker that does nothing begin with something."""
@@ -216,94 +273,205 @@ class Pool:
     def _wait_for_start(self) -> list[dict[str, Any]]:
         """Wait until every worker is ready for the present setup; what each says of itself."""
         described: dict[int, dict[str, Any]] = {}
-        while len(described) < len(self._seats):
-            starting = [seat for seat in self._seats if seat.index not in described]
-            done, _ = ray.wait([seat.task for seat in starting], num_returns=1, timeout=TICK_S)
-            for seat in [seat for seat in starting if seat.task in done]:
-                report = self._outcome(seat)
-                if report is None:
+        while len(self._seats) < self._fewest or any(seat.index not in described for seat in self._seats):
+            for seat in self._done([seat for seat in self._seats if seat.index not in described]):
+                if (reply := self._reply(seat)) is None:
                     continue
-                seat.task, seat.failed_starts = None, 0
-                if seat.setup is self._setup:
+                begun_for, (report,) = seat.setup, reply
+                seat.is_free()
+                seat.failed_starts = 0
+                if begun_for is self._setup:
                     described[seat.index] = report
-                else:  # a replacement, begun for the setup before
+                else:  # a replacement, begun for the setup before, or one that is done with a call of it
                     self._assign(seat)
-            self._watch(None)
-        return [described[index] for index in range(len(self._seats))]
+            self._watch()
+        return [described[seat.index] for seat in self._seats if seat.index in described]
+
+    # --- calls
 
     def _give_work(self, todo: _Round) -> None:
-        if not todo.waiting:
+        idle = [seat for seat in self._seats if seat.task is None]
+        if not idle:
             return
-        alive = {seat.index for seat in self._seats if seat.call is not None or seat.task is None}
-        for seat in self._seats:
-            if seat.task is None and (number := todo.take(seat.index, alive)) is not None:
+        late_before = time.monotonic() - todo.late_after
+        busy = [seat for seat in self._seats if seat.round is todo]
+        late = [seat for seat in busy if seat.since < late_before and seat.number not in todo.repeated]
+        on_time = {seat.index for seat in (*idle, *busy) if seat.task is None or seat.since >= late_before}
+        for seat in idle:
+            number = todo.take(seat.index, on_time)
+            if number is None and late:
+                slowest = min(late, key=lambda other: other.since)
+                late.remove(slowest)
+                number = slowest.number
+                todo.repeated.add(number)
+                self.speculative += 1
+            if number is not None:
                 call = todo.calls[number]
                 self._send(seat, call.method, *call.arguments)
-                seat.call = number
+                seat.round, seat.number = todo, number
 
-    def _take_result(self, seat: _Seat, todo: _Round) -> None:
-        number = seat.call
-        result = self._outcome(seat)
-        if number is None:  # a replacement has started
-            if result is not None:
-                seat.task, seat.failed_starts = None, 0
-        elif seat.call is None:  # the worker died and was replaced
-            self._retry(number, todo)
-        else:
-            todo.results[number] = result
-            seat.task = seat.call = None
+    def _done(self, seats: Sequence[_Seat]) -> list[_Seat]:
+        """Those of the seats whose task is done, after a tick at most."""
+        if not seats:
+            time.sleep(TICK_S)
+            return []
+        done, _ = ray.wait([seat.task for seat in seats], num_returns=1, timeout=TICK_S)
+        return [seat for seat in seats if seat.task in done]
 
-    def _outcome(self, seat: _Seat) -> Any:
-        """The result of a worker's finished task; None if it died instead, and then a replacement is under way."""
+    def _take_result(self, seat: _Seat) -> None:
+        took, starting = time.monotonic() - seat.since, seat.round is None
+        if (reply := self._reply(seat)) is None:
+            return
+        todo, (result,) = seat.round, reply
+        if todo is not None and todo is self._round and seat.number not in todo.results:
+            if (fault := todo.calls[seat.number].fault(result)) is not None:
+                self._lose(seat, f"a bad reply to {seat.busy_with}: {fault}")
+                return
+            todo.results[seat.number] = result
+            todo.took.append(took)
+        seat.is_free()
+        if starting:
+            seat.failed_starts = 0
+
+    def _reply(self, seat: _Seat) -> tuple[Any] | None:
+        """What came of a worker's finished task; None if it died instead, and then all that follows is under way."""
         try:
-            return ray.get(seat.task)
+            return (ray.get(seat.task),)
         except DEATHS as death:
-            self._replace(seat, type(death).__name__)
+            self._lose(seat, type(death).__name__)
             return None
         except RayTaskError as error:
             if isinstance(error.cause, ValueError):
+                if self._round is not None and seat.round is None and self._others_than(seat.place.node):
+                    self._bar(seat, str(error.cause))
+                    return None
                 raise ValueError(str(error.cause)) from error
             raise
 
-    def _replace(self, seat: _Seat, reason: str) -> None:
-        if seat.call is None:
-            seat.failed_starts += 1
-            if seat.failed_starts > self._config.retries:
-                raise RuntimeError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
+    def _lose(self, seat: _Seat, reason: str) -> None:
+        """Go on without a worker's process: another is started where there is room, and its call goes to others."""
         self.restarts += 1
-        self._notify(f"worker {seat.index} is replaced ({reason})")
         ray.kill(seat.actor)
-        self._start(seat)
+        todo, number = seat.round, seat.number
+        if todo is None:
+            seat.failed_starts += 1
+        seat.is_free()
+        if seat.failed_starts > self._pool.retries:
+            if not self._others_than(seat.place.node):
+                raise RuntimeError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
+            self._bar(seat, reason)
+        elif (place := self._place_for(seat)) is None:
+            self._seats.remove(seat)
+            self._notify(f"worker {seat.index} is lost ({reason}); there is no room for another")
+        else:
+            self._notify(f"worker {seat.index} is replaced ({reason})")
+            if place != seat.place:
+                seat.place, seat.actor = place, None
+            self._start(seat)
+        if todo is not None and todo is self._round:
+            self._retry(todo, number, reason)
 
-    def _retry(self, number: int, todo: _Round) -> None:
+    def _retry(self, todo: _Round, number: int, reason: str) -> None:
         todo.deaths[number] += 1
-        if todo.deaths[number] > self._config.retries:
+        if todo.deaths[number] > self._pool.retries:
             raise RuntimeError(
-                f"{todo.calls[number].name} cost {todo.deaths[number]} workers; pool.retries allows no more"
+                f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
+                "pool.retries allows no more"
             )
-        todo.put_back(number)
+        still = any(seat.round is todo and seat.number == number for seat in self._seats)
+        if number not in todo.results and not still:
+            todo.repeated.discard(number)
+            todo.put_back(number)
 
-    def _watch(self, todo: _Round | None) -> None:
-        """Say what is being waited for, and replace workers that exceed their time."""
+    # --- nodes
+
+    def _places(self, nodes: dict[str, dict[str, float]]) -> list[Place]:
+        usable = {node: resources for node, resources in nodes.items() if node not in self._barred}
+        return plan_places(self._config, usable, self._on_gpu)
+
+    def _place_for(self, seat: _Seat) -> Place | None:
+        """Where a worker that lost its process goes on: where it was, or elsewhere if its node is gone or it died there
+        before it had started."""
+        free = self._free(self._places(living_nodes()), without=seat)
+        elsewhere = [place for place in free if place.node != seat.place.node]
+        if seat.place in free and not (seat.failed_starts and elsewhere):
+            return seat.place
+        return next(iter([*elsewhere, *free]), None)
+
+    def _free(self, places: Sequence[Place], without: _Seat | None = None) -> list[Place]:
+        """The places that nobody has, in their order; the same one may be there for several."""
+        taken = Counter(seat.place for seat in self._seats if seat is not without)
+        free = []
+        for place in places:
+            taken[place] -= 1
+            if taken[place] < 0:
+                free.append(place)
+        return free
+
+    def _others_than(self, node: str) -> bool:
+        """Whether there are other nodes, on which the run can go on."""
+        return bool(living_nodes().keys() - self._barred - {node})
+
+    def _bar(self, seat: _Seat, reason: str) -> None:
+        """Do without a node where a worker cannot start."""
+        self._barred.add(seat.place.node)
+        self._seats.remove(seat)
+        ray.kill(seat.actor)
+        self._notify(f"node {seat.place.node[:8]} is given no more workers ({reason})")
+
+    def _fill(self, places: Sequence[Place]) -> int:
+        """Have workers begin where there is room, as many as there may be; how many."""
+        numbers = (index for index in count() if all(seat.index != index for seat in self._seats))
+        room = int(min(self._most, len(places))) - len(self._seats)
+        free = self._free(places)[: max(0, room)]
+        for place in free:
+            self._seats.append(_Seat(next(numbers), place))
+            self._start(self._seats[-1])
+        return len(free)
+
+    def _look_for_nodes(self) -> None:
+        """Take leave of workers whose nodes are gone, and use the nodes that are new."""
+        nodes = living_nodes()
+        for seat in [seat for seat in self._seats if seat.place.node not in nodes]:
+            self._lose(seat, f"node {seat.place.node[:8]} is gone")
+        if joined := self._fill(self._places(nodes)):
+            self._notify(f"{joined} workers more, {len(self._seats)} now: there is room for them")
+
+    def _check_strength(self, now: float) -> None:
+        if len(self._seats) >= self._fewest:
+            self._short_since = None
+            return
+        limit, there_are = self._pool.node_timeout_s, f"{len(self._seats)} of at least {self._fewest} workers have room"
+        if self._short_since is None:
+            self._short_since = now
+            self._notify(f"{there_are}; nodes are waited for up to {limit:.0f} s")
+        elif now - self._short_since > limit:
+            raise ValueError(
+                f"pool.workers: {there_are}, and no node came in {limit:.0f} s; "
+                "once there are nodes, `es-engine resume RUN` goes on from here"
+            )
+
+    def _watch(self) -> None:
+        """Say what is being waited for, replace workers that exceed their time, and follow what nodes there are."""
         now = time.monotonic()
         overdue = []
-        for seat in self._seats:
+        for seat in list(self._seats):
             if seat.task is None:
                 continue
-            number = seat.call
-            what = "its start" if todo is None or number is None else todo.calls[number].name
-            limit = self._config.start_timeout_s if number is None else self._config.chunk_timeout_s
+            limit = self._pool.start_timeout_s if seat.round is None else self._pool.chunk_timeout_s
             if now - seat.since > limit:
-                self._replace(seat, f"{what} took more than {limit:.0f} s")
-                if todo is not None and number is not None:
-                    self._retry(number, todo)
+                self._lose(seat, f"{seat.busy_with} took more than {limit:.0f} s")
             elif now - seat.noticed > NOTICE_S:
                 seat.noticed = now
-                overdue.append(f"waiting {now - seat.since:.0f} s for {what} on worker {seat.index}")
+                overdue.append(f"waiting {now - seat.since:.0f} s for {seat.busy_with} on worker {seat.index}")
         for notice in overdue[:NOTICES]:
             self._notify(notice)
         if len(overdue) > NOTICES:
             self._notify(f"and as long for {len(overdue) - NOTICES} other workers")
+        if now - self._looked > NODES_S:
+            self._looked = now
+            self._look_for_nodes()
+        self._check_strength(now)
 
 
 def connect(address: str | None) -> bool:
@@ -342,33 +510,9 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
-def plan_places(config: Config) -> list[Place]:
-    """A place for every worker, node by node. Raises ValueError if the cluster has too few CPUs or GPUs."""
-    pool = config.pool
-    nodes = sorted((node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"])
-    if isinstance(config.engine, SimulatedEngineConfig):
-        cpus = sum(int(resources.get("CPU", 0)) for _, resources in nodes)
-        workers = max(1, cpus // pool.threads) if pool.workers == "auto" else pool.workers
-        return _shared_places([node for node, _ in nodes], workers, config.engine.workers_per_process)
-    on_gpu = _uses_gpus(config) and any(resources.get("GPU", 0) >= 1 for _, resources in nodes)
-    places = []
-    for node, resources in nodes:
-        by_cpu = int(resources.get("CPU", 0)) // pool.threads
-        room = min(by_cpu, int(resources.get("GPU", 0)) // pool.tensor_parallel) if on_gpu else by_cpu
-        for seat in range(room):
-            cores = None if on_gpu else tuple(range(seat * pool.threads, (seat + 1) * pool.threads))
-            places.append(Place(node, cores, pool.tensor_parallel if on_gpu else 0))
-    wanted = max(1, len(places)) if pool.workers == "auto" else pool.workers
-    if wanted > len(places):
-        kind = f"{pool.tensor_parallel} GPU(s)" if on_gpu else f"{pool.threads} CPU(s)"
-        raise ValueError(f"pool.workers: the cluster has room for {len(places)} workers of {kind} each, not {wanted}")
-    return places[:wanted]
-
-
-def _shared_places(nodes: Sequence[str], workers: int, per_process: int) -> list[Place]:
-    """Places for workers that only sleep, dealt out evenly to as few processes as hold them."""
-    processes = math.ceil(workers / per_process)
-    return [Place(nodes[worker % processes % len(nodes)], shared=worker % processes) for worker in range(workers)]
+def living_nodes() -> dict[str, dict[str, float]]:
+    """The resources of the cluster's living nodes, by id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _uses_gpus(config: Config) -> bool:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from es_engine.config import SimulatedEngineConfig
 from es_engine.spaces.lora import LoraSpace
-from rewards.base import Rollout, Score, VerifierSpec, judge_now
+from rewards.base import NO_SCORE, Rollout, Score, VerifierSpec, judge_now
 from workers.actor import Worker, WorkerSetup
 from workers.chunks import Chunk, ChunkResult, Problem
 from workers.engine import Completion, Filling, Member, Request, Sampling, Vector
@@ -170,7 +170,9 @@ class InlineScorer:
 
     def submit_group(self, keys: Sequence[Hashable], rollouts: Sequence[Rollout]) -> None:
         """Score rollouts. What the verifier raises is raised here."""
-        self._scores.update(zip(keys, judge_now(self._verifier, rollouts, asyncio.run), strict=True))
+        scores = judge_now(self._verifier, rollouts, asyncio.run)
+        self.failures["verifier", NO_SCORE] += sum(score.value is None for score in scores)
+        self._scores.update(zip(keys, scores, strict=True))
 
     def drain(self) -> dict[Hashable, Score]:
         """The scores since the last drain, by key."""

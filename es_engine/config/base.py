@@ -16,6 +16,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 
+PLAIN, MAPPING = "plain value", "mapping"
+"""The tags of a field that holds either."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one sentence a line, each naming the field or the file."""
@@ -29,6 +32,11 @@ class ConfigModel(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+def plain_or_mapping(value: object) -> str:
+    """The tag of a value of such a field."""
+    return MAPPING if isinstance(value, Mapping | BaseModel) else PLAIN
 
 
 def problem(field: str, given: object, accepted: str) -> ValueError:

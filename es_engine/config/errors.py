@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from es_engine.config.base import ConfigError, in_yaml
+from es_engine.config.base import MAPPING, PLAIN, ConfigError, in_yaml
 from es_engine.config.reflection import accepted_by, kinds_of, models_of, models_of_values, one_of
 
 
@@ -64,8 +64,10 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str
             keys.append(str(part))
             models, values = values, ()
             continue
-        if not models:
+        if part == PLAIN or not models:
             break
+        if part == MAPPING:
+            continue
         if len(models) > 1:
             models = tuple(choice for choice in models if part in kinds_of(choice))
             continue

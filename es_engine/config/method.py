@@ -49,6 +49,11 @@ class EsMethodConfig(ConfigModel):
     mirrored: bool = Field(
         default=True, description="Members come in pairs, center + sigma*eps and center - sigma*eps."
     )
+    min_pairs: PositiveInt | None = Field(
+        default=None,
+        description="Pairs (without mirrored: members) with which a generation goes on without the others, "
+        "if they are not there pool.straggler_s later; null waits for all.",
+    )
     sigma: PositiveFloat | Literal["auto"] = Field(
         default="auto", description="Scale of the perturbations; auto calibrates it before the first generation."
     )
@@ -82,6 +87,15 @@ class EsMethodConfig(ConfigModel):
             raise problem("sharing", self.sharing, "population or member while mirrored is false")
         if self.shaping == "per_prompt" and self.sharing != "population":
             raise problem("shaping", self.shaping, f"centered_rank or zscore while sharing is {self.sharing}")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_there(self) -> Self:
+        pairs = self.population // 2 if self.mirrored else self.population
+        if self.min_pairs is not None and self.min_pairs > pairs:
+            raise problem("min_pairs", self.min_pairs, f"null or at most {pairs}, the pairs of a generation")
+        if self.min_pairs is not None and self.fitness == "teacher":
+            raise problem("min_pairs", self.min_pairs, "null while fitness is teacher")
         return self
 
     @model_validator(mode="after")

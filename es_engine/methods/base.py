@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,11 @@ class CallRunner(Protocol):
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls; the results in their order."""
+        ...
+
+    def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
+        """The same, without those that are late once the numbers of those that are done are `enough`: they are
+        None."""
         ...
 
     def put(self, value: Any) -> Any:

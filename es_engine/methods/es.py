@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from es_engine.methods import population as populations
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
 from es_engine.methods.fitness import Fitness, RewardFitness
-from workers.chunks import Chunk, Problem
+from workers.chunks import Chunk, Problem, WeightedNoise
 from workers.engine import Member, Sampling, Vector
 from workers.pool import Call
 
@@ -79,19 +80,28 @@ class EvolutionStrategies:
             batch=self.fitness.batch(range(step * self.batch_size, (step + 1) * self.batch_size), problems),
             generation=step,
             sigma=self._sigma * self.config.sigma_schedule.factor(progress),
+            dim=len(theta),
         )
         if estimate.direction is not None:
             yield estimate.direction
         return Report(estimate.record, estimate.costs)
 
     def estimate(
-        self, pool: CallRunner, theta: Any, version: int, batch: Sequence[Problem], generation: int, sigma: float
+        self,
+        pool: CallRunner,
+        theta: Any,
+        version: int,
+        batch: Sequence[Problem],
+        generation: int,
+        sigma: float,
+        dim: int,
     ) -> Estimate:
-        """Evaluate a generation around theta (as the pool shares it) and combine its noise into a direction."""
+        """Evaluate a generation around theta (as the pool shares it, of `dim` coordinates) and combine its noise into a
+        direction."""
         started = time.perf_counter()
         chunks = self.chunks(generation, sigma)
         after = self.chunks(generation + 1, sigma)
-        measured = self.fitness.measure(pool, chunks, batch, theta, version, after)
+        measured = self.fitness.measure(pool, chunks, batch, theta, version, after, self.config.min_pairs)
         evaluated = time.perf_counter()
         record = {
             "sigma": sigma,
@@ -101,13 +111,21 @@ class EvolutionStrategies:
             "fitness_spread": shaping.spread(shaping.fitness(measured.fitness)),
             **measured.record,
         }
+        if given_up := [place for place, result in enumerate(measured.results) if result.absent]:
+            record["absent"] = given_up
         workers = [result.worker for result in measured.results]
         costs = measured.costs
 
         def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
             nonlocal costs
             calls = [
-                Call(f"the noise of {chunk}", "noise_sum", (generation, chunk.pairs, weights), workers[chunk.index])
+                Call(
+                    f"the noise of {chunk}",
+                    "noise_sum",
+                    (generation, chunk.pairs, weights),
+                    workers[chunk.index],
+                    partial(_fault_of_noise, dim),
+                )
                 for chunk, weights in jobs
             ]
             for first in range(0, len(calls), SUMS_AT_A_TIME):
@@ -182,13 +200,21 @@ class EvolutionStrategies:
         by_pair: defaultdict[int, float] = defaultdict(float)
         for member, weight in zip(everyone, weights.tolist(), strict=True):
             by_pair[member.pair] += member.sign * weight
-        sums = iter(noise_sums([(chunk, [by_pair[pair] for pair in chunk.pairs]) for chunk in chunks]))
+        there = [chunk for chunk in chunks if chunk.index not in record.get("absent", ())]
+        sums = iter(noise_sums([(chunk, [by_pair[pair] for pair in chunk.pairs]) for chunk in there]))
         total = np.float32(0) + next(sums)  # a copy: what workers send is read only
         for chunk_sum in sums:
             total += chunk_sum
         present = int((~np.isnan(shaping.fitness(fitness))).sum())
         total *= np.float32(sigma / present)
         return total
+
+
+def _fault_of_noise(dim: int, reply: WeightedNoise) -> str | None:
+    """What is wrong with a worker's weighted sum of noise, if anything."""
+    if reply.vector.shape != (dim,):
+        return f"it has shape {reply.vector.shape}, not {(dim,)}"
+    return None if np.isfinite(reply.vector).all() else "it is not finite"
 
 
 def whole_pairs(fitness: Array, members: Sequence[Member]) -> Array:

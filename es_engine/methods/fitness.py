@@ -64,6 +64,7 @@ class Fitness(Protocol):
         theta: Any,
         version: int,
         upcoming: Sequence[Chunk] = (),
+        min_pairs: int | None = None,
     ) -> Measured:
         """The fitness of the members of chunks around theta; arguments and errors are those of `rollouts.evaluate`."""
         ...
@@ -84,9 +85,10 @@ class RewardFitness:
         theta: Any,
         version: int,
         upcoming: Sequence[Chunk] = (),
+        min_pairs: int | None = None,
     ) -> Measured:
         """One round of calls."""
-        results = evaluate(pool, chunks, batch, theta, version, upcoming)
+        results = evaluate(pool, chunks, batch, theta, version, upcoming, min_pairs)
         rewards = _rewards(results)
         return Measured(rewards, results, _reward_record(rewards) | figures(results), total_costs(results))
 
@@ -110,8 +112,10 @@ class TeacherFitness:
         theta: Any,
         version: int,
         upcoming: Sequence[Chunk] = (),
+        min_pairs: int | None = None,
     ) -> Measured:
         """A round of calls for the completions and their rewards, and one for the teacher."""
+        assert min_pairs is None
         told = [replace(each, sampling=replace(each.sampling, logprobs=True), keep_text=True) for each in chunks]
         results = evaluate(pool, told, batch, theta, version, upcoming)
         rewards = _rewards(results)
@@ -164,10 +168,11 @@ class ReferenceFitness:
         theta: Any,
         version: int,
         upcoming: Sequence[Chunk] = (),
+        min_pairs: int | None = None,
     ) -> Measured:
         """One round of calls, in which members read. Where all read the whole batch, a member's mean is minus the loss
         that SFT has on it."""
-        results = evaluate(pool, chunks, batch, theta, version, upcoming)
+        results = evaluate(pool, chunks, batch, theta, version, upcoming, min_pairs)
         lengths = [len(problem.reference) for problem in batch if problem.reference]
         fitness = _rewards(results) / np.mean(lengths) if lengths else _rewards(results)
         likelihood = mean(fitness.ravel())

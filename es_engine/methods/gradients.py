@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from es_engine.methods.base import CallRunner
 from workers.engine import Vector
-from workers.gradient import Loss
+from workers.gradient import Loss, PartialGradient
 from workers.pool import Call
 from workers.samples import Sample, micro_batches
 
@@ -61,7 +62,12 @@ def gradient(
     A micro-batch has at most `max_tokens` tokens with padding; `together` samples in a row stay in one.
     """
     calls = [
-        Call(f"gradient {number}", "gradient", (loss, [samples[place] for place in places], theta, version))
+        Call(
+            f"gradient {number}",
+            "gradient",
+            (loss, [samples[place] for place in places], theta, version),
+            fault=partial(_fault_of_gradient, dim),
+        )
         for number, places in enumerate(micro_batches(samples, max_tokens, together))
     ]
     total = np.zeros(dim)
@@ -101,7 +107,12 @@ def _logprobs(pool: CallRunner, method: str, samples: Sequence[Sample], max_toke
     """What a method of the workers says of all samples, given micro-batches of them and the other arguments."""
     batches = micro_batches(samples, max_tokens)
     calls = [
-        Call(f"{method} {number}", method, ([samples[place] for place in places], *arguments))
+        Call(
+            f"{method} {number}",
+            method,
+            ([samples[place] for place in places], *arguments),
+            fault=partial(_fault_of_rows, [samples[place] for place in places]),
+        )
         for number, places in enumerate(batches)
     ]
     found: dict[int, Vector] = {}
@@ -110,6 +121,19 @@ def _logprobs(pool: CallRunner, method: str, samples: Sequence[Sample], max_toke
         found.update(zip(places, rows, strict=True))
         seconds += spent
     return LogProbs([found[place] for place in range(len(samples))], _tokens(samples), seconds)
+
+
+def _fault_of_gradient(dim: int, reply: PartialGradient) -> str | None:
+    """What is wrong with a worker's gradient, if anything."""
+    if reply.gradient.shape != (dim,):
+        return f"it has shape {reply.gradient.shape}, not {(dim,)}"
+    return None if np.isfinite(reply.gradient).all() else "it is not finite"
+
+
+def _fault_of_rows(samples: Sequence[Sample], reply: tuple[list[Vector], float]) -> str | None:
+    """What is wrong with a worker's log-probabilities, if anything; a token that a teacher lacks has none."""
+    found, expected = [len(row) for row in reply[0]], [len(sample.completion_ids) for sample in samples]
+    return None if found == expected else f"it has {sum(found)} tokens of {len(found)} samples, not {sum(expected)}"
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

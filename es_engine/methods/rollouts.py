@@ -5,8 +5,10 @@ Shapes: k members of a chunk, P problems, n samples a problem.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from es_engine.costs import Costs
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner
 from rewards.base import NO_SCORE
-from workers.chunks import Chunk, ChunkResult, Problem, by_verifier
+from workers.chunks import Chunk, ChunkResult, Problem, absent, by_verifier, fault_of
 from workers.pool import Call
 
 Array = npt.NDArray[np.float64]
@@ -32,25 +34,31 @@ def evaluate(
     theta: Any,
     version: int,
     upcoming: Sequence[Chunk] = (),
+    min_pairs: int | None = None,
 ) -> list[ChunkResult]:
     """Have chunks evaluated around theta; the results in the order of the chunks. Raises ValueError where the verifier
     failed on most rollouts: what the others are worth says nothing then.
 
     The largest chunks are begun first, so that none of them is still at work when all others are done. `upcoming` will
     be evaluated after them. A worker is told which chunk it will probably be given next, the one as many places on as
-    there are workers, so that it can get ready for it while it generates.
+    there are workers, so that it can get ready for it while it generates. With `min_pairs`, chunks that are late once
+    so many pairs are there are given up; their results are absent.
     """
     order = sorted(range(len(chunks)), key=lambda place: -work(chunks[place], batch))
     begun = [chunks[place] for place in order]
     following = [*begun, *upcoming][pool.size :]
     notes = [(chunk.generation, chunk.sigma, chunk.members) for chunk in following] + [None] * pool.size
     shared = pool.put(list(batch))
-    results = pool.run(
-        [
-            Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead))
-            for chunk, ahead in zip(begun, notes, strict=False)
-        ]
-    )
+    calls = [
+        Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead), fault=partial(fault_of, chunk, batch))
+        for chunk, ahead in zip(begun, notes, strict=False)
+    ]
+
+    def enough(done: Collection[int]) -> bool:
+        return sum(len(begun[number].pairs) for number in done) >= (min_pairs or math.inf)
+
+    replies = pool.run(calls) if min_pairs is None else pool.run_until(calls, enough)
+    results = [absent(chunk) if reply is None else reply for chunk, reply in zip(begun, replies, strict=True)]
     _check_scored(results)
     by_place = dict(zip(order, results, strict=True))
     return [by_place[place] for place in range(len(chunks))]
@@ -78,6 +86,7 @@ def work(chunk: Chunk, batch: Sequence[Problem]) -> int:
 
 def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:
     """What a step's record says of its rollouts, whatever they were for; also where there are none."""
+    results = [result for result in results if not result.absent]
     return {
         "accuracy": mean(np.concatenate([np.zeros(0), *(result.accuracy.ravel() for result in results)])),
         "components": mean_components(results),

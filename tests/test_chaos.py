@@ -1,0 +1,230 @@
+"""Faults on a real cluster of several nodes, each brought about once or often: the run's ledger and adapter are those
+of the run that nothing happened to.
+
+Workers are simulated, one a process; all else is real. `make chaos` writes down what it counted, and as stall by how
+much the slowest generation took longer than the median.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import ray
+from chaos_table import count
+from ray.cluster_utils import Cluster
+
+from es_engine.config import Config, parse_config
+from es_engine.ledger import Ledger, LedgerReader, first_difference
+from es_engine.trainer import train
+from workers import pool
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+GENERATIONS = 6
+CHUNKS = 8
+PATIENCE_S = 120.0
+"""For what should come at once, on a machine that may be busy."""
+
+
+def config_of(model: Path, workers: Any, **pool_fields: Any) -> Config:
+    """A run of seconds, one worker a process."""
+    return parse_config(
+        {
+            "name": "chaos",
+            "model": {"source": str(model)},
+            "space": {"rank": 4},
+            "method": {"population": 2 * CHUNKS, "sigma": 0.3, "prompts": 3},
+            "optimizer": {"kind": "adam", "lr": 0.1},
+            "task": {"template": "plain", "high": 9, "max_tokens": 16},
+            "pool": {"workers": workers, **pool_fields},
+            "engine": {
+                "kind": "simulated",
+                "chunk": 2,
+                "answer_tokens": 10.0,
+                "step_ms": 5.0,
+                "stragglers": 0.0,
+                "workers_per_process": 1,
+            },
+            "budget": {"generations": GENERATIONS},
+            "evaluation": {"every": 3, "problems": 8, "chunk": 4},
+            "telemetry": {"console": False, "tensorboard": False},
+        }
+    )
+
+
+class Nodes:
+    """A cluster of a head, where the driver is and no worker, and worker nodes."""
+
+    def __init__(self) -> None:
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.workers: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def join(self, cpus: int = 2) -> None:
+        self.workers.append(self._cluster.add_node(num_cpus=cpus, object_store_memory=100 << 20))
+
+    def lose(self) -> None:
+        """Kill -9 of the raylet and all processes of the node that joined last."""
+        self._cluster.remove_node(self.workers.pop(), allow_graceful=False)
+
+    def shape(self, nodes: int) -> None:
+        """Have so many worker nodes, of two CPUs each."""
+        while len(self.workers) < nodes:
+            self.join()
+        while len(self.workers) > nodes:
+            self.lose()
+
+    def close(self) -> None:
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.FOLDER, str(tmp_path_factory.mktemp("faults")))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr(pool, "SimulatedWorkers", faults.FaultySimulatedWorkers)
+        patch.setattr(pool, "Worker", faults.FaultyWorker)
+        nodes = Nodes()
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield nodes
+        finally:
+            nodes.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Nodes, random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one worker that nothing happened to."""
+    nodes.shape(2)
+    return train(config_of(random_llama, 1), tmp_path_factory.mktemp("undisturbed") / "run").path
+
+
+@pytest.fixture
+def suffered(undisturbed: Path) -> Callable[..., None]:
+    """Checks a run that faults struck, and counts it."""
+
+    def check(fault: str, times: int, run: Path) -> None:
+        assert faults.left() == []
+        assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
+        mine, theirs = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (run, undisturbed))
+        assert mine == theirs
+        seconds = [line["times"]["total"] for line in Ledger(run / "ledger.jsonl").generations]
+        count(fault, times, max(seconds) - statistics.median(seconds))
+
+    return check
+
+
+def train_and(config: Config, run: Path, event: Callable[[], None], lines: int = 2) -> Path:
+    """Train, and have something happen, in a thread, as soon as the run's ledger has so many lines: two are there after
+    the first evaluation and generation."""
+
+    def wait() -> None:
+        deadline, reader, found = time.monotonic() + PATIENCE_S, LedgerReader(run / "ledger.jsonl"), 0
+        while found < lines and time.monotonic() < deadline:
+            found += len(list(reader.new_lines()))
+            time.sleep(0.02)
+        event()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    train(config, run)
+    thread.join()
+    return run
+
+
+# --- workers
+
+PHASES = ["generate", *(pytest.param(phase, marks=pytest.mark.chaos) for phase in ("slots", "score", "sum"))]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_workers_killed_in_a_phase_of_their_work(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None], phase: str
+) -> None:
+    nodes.shape(2)
+    run = train_and(config_of(random_llama, 3), tmp_path / "run", lambda: faults.place(*[f"{phase}.kill"] * 3))
+    assert Ledger(run / "ledger.jsonl").generations[-1]["restarts"] == 3
+    suffered(f"kill -9 of a worker ({phase})", 3, run)
+
+
+@pytest.mark.chaos
+def test_all_workers_killed_at_once(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
+) -> None:
+    nodes.shape(2)
+    run = train_and(config_of(random_llama, 4), tmp_path / "run", lambda: faults.place(*["generate.kill"] * 4))
+    assert Ledger(run / "ledger.jsonl").generations[-1]["restarts"] == 4
+    suffered("kill -9 of all workers at once", 1, run)
+
+
+def test_a_stopped_worker_is_replaced_by_the_watchdog(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
+) -> None:
+    """Nothing else would tell: the process lives, and its node too. A single worker, whose call nobody else takes."""
+    nodes.shape(2)
+    run = train_and(
+        config_of(random_llama, 1, chunk_timeout_s=10.0), tmp_path / "run", lambda: faults.place("generate.stop")
+    )
+    assert Ledger(run / "ledger.jsonl").generations[-1]["restarts"] == 1
+    suffered("SIGSTOP of a worker, until the watchdog (10 s) replaces it", 1, run)
+
+
+@pytest.mark.chaos
+def test_a_stopped_worker_beside_others_is_not_waited_for(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
+) -> None:
+    """Its call, late, goes to another long before the watchdog comes."""
+    nodes.shape(2)
+    run = train_and(config_of(random_llama, 3), tmp_path / "run", lambda: faults.place("generate.stop"))
+    last = Ledger(run / "ledger.jsonl").generations[-1]
+    assert (last["restarts"], last["speculative"] >= 1) == (0, True)
+    suffered("SIGSTOP of a worker beside others: the call goes to another", 1, run)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("fault", ["generate.short", "sum.nan", "sum.short"])
+def test_a_reply_that_cannot_be_right_costs_the_worker_and_not_the_run(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None], fault: str
+) -> None:
+    nodes.shape(2)
+    run = train_and(config_of(random_llama, 2), tmp_path / "run", lambda: faults.place(fault))
+    assert Ledger(run / "ledger.jsonl").generations[-1]["restarts"] == 1
+    suffered(f"a worker's bad reply ({fault})", 1, run)
+
+
+# --- nodes
+
+
+def test_a_node_is_lost_and_another_joins(
+    nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
+) -> None:
+    """From two workers to one to three."""
+    nodes.shape(1)
+    nodes.join(cpus=1)
+    config = config_of(random_llama, {"min": 1, "max": 3})
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"step_ms": 20.0})})
+    run = tmp_path / "run"
+
+    def change() -> None:
+        nodes.lose()
+        nodes.join()
+
+    train_and(config, run, change)
+    used = {worker for line in Ledger(run / "ledger.jsonl").generations for worker in line["workers"]}
+    assert used == {0, 1, 2, 3}
+    suffered("kill -9 of a raylet with its workers, and a node that joins late", 1, run)
