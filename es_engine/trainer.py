@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from es_engine.optimizers import TorchOptimizer, build_optimizer
 from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_folder, write_json_lines
+from es_engine.run_lock import locked
 from es_engine.session import Materials, Session, gather, sampling
 from es_engine.telemetry import Telemetry, open_telemetry
 from workers.engine import Vector
@@ -90,7 +91,8 @@ def resume(run_dir: Path | str) -> Run:
     """
     folder = RunFolder(Path(run_dir))
     notices = Notices()
-    with Session(present_stage(folder), notices, folder.load_config().by_stage) as session:
+    config = folder.load_config()
+    with locked(folder.path), Session(present_stage(folder), notices, config.by_stage) as session:
         go_on(session, folder, notices)
     write_run_report(folder.path)
     return Run(folder.path)
@@ -100,11 +102,13 @@ def begin(session: Session, config: Config, folder: RunFolder, notices: Notices)
     """Train to the end of the budget in a new run folder, on a session that serves the run's first stage."""
     config = _with_settled_chunk(session, config)
     folder.create(config)
-    _run(session, config, folder, folder.open_ledger(), notices)
+    with locked(folder.path):
+        _run(session, config, folder, folder.open_ledger(), notices)
 
 
 def go_on(session: Session, folder: RunFolder, notices: Notices) -> None:
-    """Train from wherever a run is to the end of its budget, on a session that serves its present stage."""
+    """Train from wherever a run is to the end of its budget, on a session that serves its present stage; the caller
+    has locked the folder."""
     _run(session, folder.load_config(), folder, folder.open_ledger(), notices)
 
 
@@ -186,7 +190,7 @@ def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, no
     if not ledger.lines:
         ledger.append(_header(stages, state))
     with (
-        closing(open_telemetry(config.telemetry, folder.path, state.step)) as telemetry,
+        open_telemetry(config, folder, state.step, session.pool) as telemetry,
         notices.delivered_to(telemetry),
     ):
         for number in range(state.stage, len(stages)):
@@ -252,7 +256,7 @@ def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: Stat
         # Before its line: without the rollouts, nothing else leads there again.
         _checkpoint(folder, ledger, state, config)
     ledger.append(line)
-    telemetry.generation(_telemetry_line(config, state, line, ledger))
+    telemetry.generation(_telemetry_line(materials, state, line, ledger))
 
 
 def _climb(state: State, directions: Directions, lr: float) -> tuple[Report, int]:
@@ -416,6 +420,7 @@ def _evaluate_if_due(
     if state.step in done or not (final or state.step % config.evaluation.every == 0):
         return
     wanted = config.evaluation
+    started = time.perf_counter()
     evaluation = evaluate_center(
         session.pool,
         session.pool.put(state.theta),
@@ -431,7 +436,7 @@ def _evaluate_if_due(
     if state.step:
         _checkpoint(folder, ledger, state, config)
     evaluations.append(line)
-    telemetry.evaluation(line)
+    telemetry.evaluation({**line, "worker_seconds": line["times"], "seconds": time.perf_counter() - started})
 
 
 def _is_best(line: Line, before: list[Line]) -> bool:
@@ -451,21 +456,28 @@ def _progress(config: Config, state: State) -> float:
     return config.budget.progress(state.step - state.first_step, state.costs - state.first_costs)
 
 
-def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
+def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
+    config, times = materials.config, dict(line["times"])
     spent = _progress(config, state)
+    delta_norm, delta_norm_ratio = materials.space.delta_norm(state.theta)
     elapsed = sum(other["times"]["total"] for other in ledger.generations[state.first_step :])
     generations = config.budget.generations
     return {
         **{key: line[key] for key in ("step", "reward_mean", "accuracy", "components", "rollouts")},
         **{key: line[key] for key in ("tokens", "lr", "failures")},
         **{key: line.get(key) for key in ("reward_best", "fitness_spread", "constant_members", "sigma")},
+        "prompt_tokens": line.get("prompt_tokens", 0),
         "learning": line.get("learning", {}),
+        "stage": state.stage + 1,
         "generations": None if generations is None else state.first_step + generations,
         "spent": state.costs.to_json(),
-        "seconds": line["times"]["total"],
-        "seconds_rollouts": line["times"]["rollouts"],
-        "seconds_update": line["times"]["update"],
+        "seconds": times.pop("total"),
+        "seconds_rollouts": times.pop("rollouts"),
+        "seconds_update": times.pop("update"),
+        "worker_seconds": times,
         "theta_rms": float(np.sqrt(np.mean(np.square(state.theta, dtype=np.float64)))),
+        "delta_norm": delta_norm,
+        "delta_norm_ratio": delta_norm_ratio,
         "worker_restarts": line["restarts"],
         "eta_seconds": elapsed * (1 - spent) / spent,
     }

@@ -36,6 +36,8 @@ FLOORS = {
     "es_engine.session": 4,
     "es_engine.run_folder": 4,
     "es_engine.run": 4,
+    "es_engine.run_lock": 4,
+    "es_engine.status": 4,
     "es_engine": 5,
     "es_engine.cli": 5,
 }

@@ -13,10 +13,10 @@ import socket
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError, WorkerCrashedError
@@ -25,6 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from es_engine.config import Config, SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
 from workers.simulated_engine import SimulatedWorkers
+
+if TYPE_CHECKING:
+    from workers.canary import CanaryReport
 
 TICK_S = 1.0
 NOTICE_S = 60.0
@@ -36,12 +39,26 @@ PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_L
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best."""
+    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best,
+    `chunk` the number of the chunk that it is about."""
 
     name: str
     method: str
     arguments: tuple[Any, ...]
     preferred: int | None = None
+    chunk: int | None = None
+
+
+class Notice(str):
+    """A sentence about the pool for people; `about` says for programs which worker, call and chunk it is about."""
+
+    about: Mapping[str, int | str]
+
+    def __new__(cls, text: str, worker: int, call: Call | None = None) -> Notice:
+        notice = super().__new__(cls, text)
+        named = {} if call is None else {"call": call.name, "chunk": call.chunk}
+        notice.about = {"worker": worker, **{name: value for name, value in named.items() if value is not None}}
+        return notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,8 @@ class Pool:
         Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part.
         """
         self.restarts = 0
+        self.retries = 0
+        self.canaries: dict[int, CanaryReport] = {}
         self._config = setup.config.pool
         self._notify = notify
         self._owns_ray = connect(self._config.address)
@@ -129,6 +148,12 @@ class Pool:
     def size(self) -> int:
         """The number of workers."""
         return len(self._seats)
+
+    def states(self) -> dict[str, int]:
+        """How many workers do what at this moment; may be asked from another thread."""
+        busy = sum(seat.call is not None for seat in self._seats)
+        idle = sum(seat.task is None for seat in self._seats)
+        return {"busy": busy, "idle": idle, "starting": self.size - busy - idle}
 
     def put(self, value: Any) -> Any:
         """Share a value with all workers; pass what comes back as a call's argument."""
@@ -223,7 +248,7 @@ class Pool:
                 report = self._outcome(seat)
                 if report is None:
                     continue
-                seat.task, seat.failed_starts = None, 0
+                self._has_started(seat, report)
                 if seat.setup is self._setup:
                     described[seat.index] = report
                 else:  # a replacement, begun for the setup before
@@ -246,12 +271,17 @@ class Pool:
         result = self._outcome(seat)
         if number is None:  # a replacement has started
             if result is not None:
-                seat.task, seat.failed_starts = None, 0
+                self._has_started(seat, result)
         elif seat.call is None:  # the worker died and was replaced
-            self._retry(number, todo)
+            self._retry(seat, number, todo)
         else:
             todo.results[number] = result
             seat.task = seat.call = None
+
+    def _has_started(self, seat: _Seat, report: dict[str, Any]) -> None:
+        seat.task, seat.failed_starts = None, 0
+        if (canary := report.get("canary")) is not None:
+            self.canaries[seat.index] = canary
 
     def _outcome(self, seat: _Seat) -> Any:
         """The result of a worker's finished task; None if it died instead, and then a replacement is under way."""
@@ -271,16 +301,20 @@ class Pool:
             if seat.failed_starts > self._config.retries:
                 raise RuntimeError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
         self.restarts += 1
-        self._notify(f"worker {seat.index} is replaced ({reason})")
+        self._notify(Notice(f"worker {seat.index} is replaced ({reason})", seat.index))
         ray.kill(seat.actor)
         self._start(seat)
 
-    def _retry(self, number: int, todo: _Round) -> None:
+    def _retry(self, seat: _Seat, number: int, todo: _Round) -> None:
+        """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._config.retries:
             raise RuntimeError(
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers; pool.retries allows no more"
             )
+        self.retries += 1
+        call = todo.calls[number]
+        self._notify(Notice(f"{call.name} is given out again", seat.index, call))
         todo.put_back(number)
 
     def _watch(self, todo: _Round | None) -> None:
@@ -291,15 +325,17 @@ class Pool:
             if seat.task is None:
                 continue
             number = seat.call
-            what = "its start" if todo is None or number is None else todo.calls[number].name
+            call = None if todo is None or number is None else todo.calls[number]
+            what = "its start" if call is None else call.name
             limit = self._config.start_timeout_s if number is None else self._config.chunk_timeout_s
             if now - seat.since > limit:
                 self._replace(seat, f"{what} took more than {limit:.0f} s")
                 if todo is not None and number is not None:
-                    self._retry(number, todo)
+                    self._retry(seat, number, todo)
             elif now - seat.noticed > NOTICE_S:
                 seat.noticed = now
-                overdue.append(f"waiting {now - seat.since:.0f} s for {what} on worker {seat.index}")
+                text = f"waiting {now - seat.since:.0f} s for {what} on worker {seat.index}"
+                overdue.append(Notice(text, seat.index, call))
         for notice in overdue[:NOTICES]:
             self._notify(notice)
         if len(overdue) > NOTICES:

@@ -107,7 +107,13 @@ class EvolutionStrategies:
         def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
             nonlocal costs
             calls = [
-                Call(f"the noise of {chunk}", "noise_sum", (generation, chunk.pairs, weights), workers[chunk.index])
+                Call(
+                    f"the noise of {chunk}",
+                    "noise_sum",
+                    (generation, chunk.pairs, weights),
+                    workers[chunk.index],
+                    chunk.index,
+                )
                 for chunk, weights in jobs
             ]
             for first in range(0, len(calls), SUMS_AT_A_TIME):

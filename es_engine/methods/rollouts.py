@@ -47,7 +47,7 @@ def evaluate(
     shared = pool.put(list(batch))
     results = pool.run(
         [
-            Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead))
+            Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead), chunk=chunk.index)
             for chunk, ahead in zip(begun, notes, strict=False)
         ]
     )
