@@ -6,6 +6,7 @@ import io
 import json
 import math
 import socket
+import struct
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -224,12 +225,10 @@ def open_prometheus(folder: Path, port: int = 0, host: str = "127.0.0.1") -> Pro
 def scrape(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
     return {
-        "/".join(
-            [sample.name.removeprefix("es_engine_"), *(sample.labels[label] for label in sorted(sample.labels))]
-        ): (sample.value)
-        for family in families
-        for sample in family.samples
+        "/".join([sample.name.removeprefix("es_engine_"), *dict(sorted(sample.labels.items())).values()]): sample.value
+        for sample in samples
     }
 
 
@@ -393,10 +392,8 @@ def test_the_log_ends_with_what_ended_the_run_and_outlives_a_kill(tmp_path: Path
     fail(tmp_path, KeyboardInterrupt())
     *_, cut, begun, interrupted = (tmp_path / "log.jsonl").read_text().splitlines()
     assert cut == '{"time": "cut off'
-    assert [json.loads(line)["message"] for line in (begun, interrupted)] == [
-        "begun after 7 generations",
-        "interrupted",
-    ]
+    told = [json.loads(line)["message"] for line in (begun, interrupted)]
+    assert told == ["begun after 7 generations", "interrupted"]
     assert last_error(tmp_path) is None, "an interrupt is none, and what was before is past"
 
 
@@ -429,29 +426,42 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of W&B's file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB; each fragment has a
+    checksum of 4 bytes, its length, and whether it is whole, first, middle or last of a record)."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        yield record
+    data, place, whole = file.read_bytes(), 7, b""
+    while place < len(data):
+        if (left := -place % 32768) and left < 7:
+            place += left
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
 
 
-def test_mlflow_reads_back_and_goes_on_with_a_resumed_run(tmp_path: Path) -> None:
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a store in files, which is all that mlflow-skinny has beside servers."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return f"file://{tmp_path}/store"
+
+
+def test_mlflow_reads_back_and_goes_on_with_a_resumed_run(tmp_path: Path, mlflow_store: str) -> None:
     from mlflow.tracking import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/store.db"
-    wanted = ALONE | {"mlflow": {"tracking_uri": uri, "experiment": "trials"}}
+    wanted = ALONE | {"mlflow": {"tracking_uri": mlflow_store, "experiment": "trials"}}
     with opened(tmp_path, **wanted) as telemetry:
         telemetry.evaluation(EVALUATION | {"step": 0})
         telemetry.generation(generation(0))
-    with pytest.raises(OSError, match="full"), opened(tmp_path, 1, **wanted) as telemetry:
-        telemetry.generation(generation(1, reward_mean=0.75))
-        raise OSError("full")
-    client = MlflowClient(tracking_uri=uri)
+    resumed = opened(tmp_path, 1, **wanted)
+    resumed.generation(generation(1, reward_mean=0.75))
+    resumed.close(OSError("full"))
+    client = MlflowClient(tracking_uri=mlflow_store)
     experiment = client.get_experiment_by_name("trials")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == (tmp_path.name, "FAILED")
@@ -470,13 +480,12 @@ def test_every_tag_becomes_a_name_that_mlflow_accepts(tag: str) -> None:
 
 
 def test_an_mlflow_that_is_down_costs_no_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/store.db"
-    with opened(tmp_path, **ALONE | {"console": True, "mlflow": {"tracking_uri": uri}}) as telemetry:
+    with opened(tmp_path, **ALONE | {"console": True, "mlflow": {"tracking_uri": mlflow_store}}) as telemetry:
         with monkeypatch.context() as patch:
 
             def refuse(*_: object, **__: object) -> None:
@@ -486,7 +495,7 @@ def test_an_mlflow_that_is_down_costs_no_figure(
             telemetry.generation(generation(0))
         telemetry.generation(generation(1))
     assert "figures wait for MLflow (no route)" in capsys.readouterr().out
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=mlflow_store)
     (run,) = client.search_runs([client.get_experiment_by_name("es-engine").experiment_id])
     assert len(client.get_metric_history(run.info.run_id, "reward/mean")) == 2
 

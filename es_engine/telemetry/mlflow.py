@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ class MlflowTelemetry:
     """
 
     def __init__(self, wanted: MlflowConfig, config: Config, run_dir: Path, tell: Callable[[str], None]) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its own, of how it is used
         self._entities = required("mlflow.entities", "telemetry.mlflow", "mlflow")
         tracking = required("mlflow.tracking", "telemetry.mlflow", "mlflow")
         self._failure = required("mlflow.exceptions", "telemetry.mlflow", "mlflow").MlflowException

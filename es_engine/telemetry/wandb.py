@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -20,6 +21,7 @@ class WandbTelemetry:
     """
 
     def __init__(self, wanted: WandbConfig, config: Config, run_dir: Path) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         wandb = required("wandb", "telemetry.wandb", "wandb")
         self._run: Any = wandb.init(
             project=wanted.project,
