@@ -163,8 +163,9 @@ def status(run: RunDir) -> None:
 
     found = read_status(run)
     table = Table("figure", "value", box=None, pad_edge=False)
-    for name, value in _status_row(found).items():
-        table.add_row(name, Text(value))
+    for name, value in {**_status_row(found), "process": found.process or ""}.items():
+        if value:
+            table.add_row(name, Text(value))
     Console().print(table)
 
 
@@ -366,7 +367,7 @@ def _status_row(status: Status) -> dict[str, str]:
     left = status.eta_seconds
     return {
         "run": str(status.path),
-        "state": f"{status.state}{f' ({status.process})' if status.process else ''}",
+        "state": status.state,
         "step": f"{status.step}{'' if status.steps is None else f'/{status.steps}'}",
         "stage": status.stage,
         "training reward": _figure(status.training_reward),
