@@ -429,6 +429,7 @@ def _evaluate_if_due(
         sampling(config, session.materials.task, wanted.samples, wanted.temperature),
         wanted.chunk,
     )
+    seconds = time.perf_counter() - started
     line = {"kind": "evaluation", "step": state.step, "theta": fingerprint(state.theta), **evaluation.summary}
     write_json_lines(folder.samples_file(state.step), evaluation.samples)
     if _is_best(line, evaluations.lines):
@@ -436,7 +437,7 @@ def _evaluate_if_due(
     if state.step:
         _checkpoint(folder, ledger, state, config)
     evaluations.append(line)
-    telemetry.evaluation({**line, "worker_seconds": line["times"], "seconds": time.perf_counter() - started})
+    telemetry.evaluation({**line, "seconds": seconds})
 
 
 def _is_best(line: Line, before: list[Line]) -> bool:
@@ -474,7 +475,7 @@ def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledg
         "seconds": times.pop("total"),
         "seconds_rollouts": times.pop("rollouts"),
         "seconds_update": times.pop("update"),
-        "worker_seconds": times,
+        "times": times,
         "theta_rms": float(np.sqrt(np.mean(np.square(state.theta, dtype=np.float64)))),
         "delta_norm": delta_norm,
         "delta_norm_ratio": delta_norm_ratio,

@@ -151,9 +151,10 @@ class Pool:
 
     def states(self) -> dict[str, int]:
         """How many workers do what at this moment; may be asked from another thread."""
-        busy = sum(seat.call is not None for seat in self._seats)
-        idle = sum(seat.task is None for seat in self._seats)
-        return {"busy": busy, "idle": idle, "starting": self.size - busy - idle}
+        states = {"busy": 0, "idle": 0, "starting": 0}
+        for seat in self._seats:
+            states["busy" if seat.call is not None else "idle" if seat.task is None else "starting"] += 1
+        return states
 
     def put(self, value: Any) -> Any:
         """Share a value with all workers; pass what comes back as a call's argument."""

@@ -16,7 +16,7 @@ class WandbConfig(ConfigModel):
     project: Text = Field(default="es-engine", description="The project there.")
     entity: Text | None = Field(default=None, description="User or team; null is the one who is logged in.")
     mode: Literal["offline", "online"] = Field(
-        default="offline", description="offline writes RUN/wandb, which `wandb sync` sends later."
+        default="offline", description="With offline RUN/wandb is written, which `wandb sync` sends later."
     )
 
 

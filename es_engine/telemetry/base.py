@@ -31,7 +31,7 @@ class GenerationLine(TypedDict):
     seconds: float
     seconds_rollouts: float
     seconds_update: float
-    worker_seconds: Mapping[str, float]  # by kind of work, added over workers
+    times: Mapping[str, float]  # seconds of work by its kind, added over workers
     sigma: float | None
     lr: float
     theta_rms: float
@@ -59,7 +59,7 @@ class EvaluationLine(TypedDict):
     tokens: int  # generated
     prompt_tokens: int
     seconds: float
-    worker_seconds: Mapping[str, float]  # by kind of work, added over workers
+    times: Mapping[str, float]  # seconds of work by its kind, added over workers
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
 
 

@@ -135,7 +135,7 @@ class PrometheusTelemetry(Collector):
         self._add("rollouts_total", rollouts, split)
         self._add("tokens_total", line["tokens"], split, "generated")
         self._add("tokens_total", line["prompt_tokens"], split, "prompt")
-        for phase, seconds in line["worker_seconds"].items():
+        for phase, seconds in line["times"].items():
             self._add("worker_seconds_total", seconds, split, phase)
         for verifier, kinds in line["failures"].items():
             for kind, count in kinds.items():

@@ -23,7 +23,7 @@ TAGS = {
     "seconds_update": "seconds/update",
     "worker_restarts": "failures/worker_restarts",
 }
-MAPPINGS = ("components", "failures", "spent", "learning", "worker_seconds")
+MAPPINGS = ("components", "failures", "spent", "learning", "times")
 
 
 def generation_scalars(line: Line) -> dict[str, float]:
