@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +61,7 @@ def phases(model: Model, prompts: int, repeats: int) -> list[Row]:
     with (
         tempfile.TemporaryDirectory() as folder,
         Session(config, print) as session,
-        closing(open_telemetry(config.telemetry, Path(folder), 0)) as telemetry,
+        open_telemetry(config, RunFolder(Path(folder)), 0, session.pool) as telemetry,
     ):
         ledger, state = Ledger(Path(folder) / "ledger.jsonl"), past.beginning(session.materials)
         for _ in range(1 + repeats):

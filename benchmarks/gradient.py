@@ -26,7 +26,6 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -358,7 +357,7 @@ def shares(model: Model, repeats: int) -> list[Row]:
     with (
         tempfile.TemporaryDirectory() as folder,
         Session(config, print) as session,
-        closing(open_telemetry(config.telemetry, Path(folder), 0)) as telemetry,
+        open_telemetry(config, RunFolder(Path(folder)), 0, session.pool) as telemetry,
     ):
         ledger, state = Ledger(Path(folder) / "ledger.jsonl"), past.beginning(session.materials)
         pool = session.pool

@@ -7,17 +7,20 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from es_engine.config import Config, explain, load_comparison, load_config, load_task, task_kinds
 
 if TYPE_CHECKING:
     from es_engine.scoring import Graded
+    from es_engine.status import Status
 
 app = typer.Typer(
     name="es-engine",
@@ -191,6 +194,34 @@ def diff(run_a: RunDir, run_b: RunDir) -> None:
     difference = first_difference(RunFolder(run_a).ledger_file, RunFolder(run_b).ledger_file)
     typer.echo(difference or "the ledgers are equal")
     raise typer.Exit(1 if difference else 0)
+
+
+@app.command()
+def status(run: RunDir) -> None:
+    """Where a run is: its state, step, figures, time left and last error."""
+    from es_engine.status import read_status
+
+    found = read_status(run)
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for name, value in {**_status_row(found), "process": found.process or ""}.items():
+        if value:
+            table.add_row(name, Text(value))
+    Console().print(table)
+
+
+@app.command()
+def runs(folders: RunsOrFolders) -> None:
+    """A line for each run, as `status` tells it."""
+    from es_engine.report import find_runs
+    from es_engine.status import read_status
+
+    rows = [_status_row(read_status(run)) for run in find_runs(folders)]
+    if not rows:
+        raise ValueError(f"{folders[0]}: neither a run folder nor a folder of them")
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    Console().print(table)
 
 
 @app.command()
@@ -371,6 +402,22 @@ def _print_graded(graded: Graded) -> None:
         parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
         worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}{parts and '; '}{parts}"
         typer.echo(f"{name}: {completion!r}\n  {score.error or worth}")
+
+
+def _status_row(status: Status) -> dict[str, str]:
+    """What is shown of a run, by the names of the columns."""
+    left = status.eta_seconds
+    return {
+        "run": str(status.path),
+        "state": status.state,
+        "step": f"{status.step}{'' if status.steps is None else f'/{status.steps}'}",
+        "stage": status.stage,
+        "training reward": _figure(status.training_reward),
+        "held-out reward": _figure(status.reward),
+        "accuracy": _figure(status.accuracy),
+        "ETA": "" if left is None else str(timedelta(seconds=round(left))),
+        "last error": status.error or "",
+    }
 
 
 def _figure(value: float | None) -> str:

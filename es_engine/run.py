@@ -9,7 +9,7 @@ from typing import Any
 from es_engine.config import Config, LoraSpaceConfig
 from es_engine.costs import Costs, Measure
 from es_engine.evaluation import Evaluation, evaluate_center
-from es_engine.ledger import Line, running_costs
+from es_engine.ledger import LedgerReader, Line, running_costs
 from es_engine.run_folder import RunFolder
 from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
@@ -31,12 +31,12 @@ class Run:
     @property
     def ledger(self) -> list[Line]:
         """The run's history, one line a generation."""
-        return self.folder.open_ledger().generations
+        return [line for line in LedgerReader(self.folder.ledger_file).new_lines() if line["kind"] == "generation"]
 
     @property
     def evaluations(self) -> list[Line]:
         """The run's held-out evaluations, in the order of their steps."""
-        return self.folder.open_evaluations().lines
+        return list(LedgerReader(self.folder.eval_file).new_lines())
 
     @property
     def costs(self) -> list[Costs]:

@@ -120,6 +120,12 @@ class RunFolder:
         return None
 
     @property
+    def last_checkpoint_time(self) -> float | None:
+        """When the latest checkpoint was written, in seconds since the epoch; None if there is none."""
+        folders = self._checkpoint_folders()
+        return folders[-1].stat().st_mtime if folders else None
+
+    @property
     def checkpoint_steps(self) -> list[int]:
         """The steps of which there are checkpoints, readable or not, in order."""
         return [_step_of(folder) for folder in self._checkpoint_folders()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from es_engine.past import Stages, State, checkpoint, header, in_stage, present_
 from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_json_lines
-from es_engine.session import Session, errors_in_place, sampling
+from es_engine.run_lock import locked
+from es_engine.session import Materials, Session, errors_in_place, sampling
 from es_engine.telemetry import Telemetry, open_telemetry
 
 
@@ -43,7 +44,8 @@ def resume(run_dir: Path | str) -> Run:
     """
     folder = RunFolder(Path(run_dir))
     notices = Notices()
-    with Session(present_stage(folder), notices, folder.load_config().by_stage) as session:
+    config = folder.load_config()
+    with locked(folder.path), Session(present_stage(folder), notices, config.by_stage) as session:
         go_on(session, folder, notices)
     write_run_report(folder.path)
     return Run(folder.path)
@@ -53,11 +55,13 @@ def begin(session: Session, config: Config, folder: RunFolder, notices: Notices)
     """Train to the end of the budget in a new run folder, on a session that serves the run's first stage."""
     config = _with_settled_chunk(session, config)
     folder.create(config)
-    _run(session, config, folder, folder.open_ledger(), notices)
+    with locked(folder.path):
+        _run(session, config, folder, folder.open_ledger(), notices)
 
 
 def go_on(session: Session, folder: RunFolder, notices: Notices) -> None:
-    """Train from wherever a run is to the end of its budget, on a session that serves its present stage."""
+    """Train from wherever a run is to the end of its budget, on a session that serves its present stage; the caller
+    has locked the folder."""
     _run(session, folder.load_config(), folder, folder.open_ledger(), notices)
 
 
@@ -68,7 +72,7 @@ def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, no
     if not ledger.lines:
         ledger.append(header(stages, state))
     with (
-        closing(open_telemetry(config.telemetry, folder.path, state.step)) as telemetry,
+        open_telemetry(config, folder, state.step, session.pool) as telemetry,
         notices.delivered_to(telemetry),
     ):
         for number in range(state.stage, len(stages)):
@@ -129,7 +133,7 @@ def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: Stat
         # Before its line: without the rollouts, nothing else leads there again.
         checkpoint(folder, ledger, state, config)
     ledger.append(line)
-    telemetry.generation(_telemetry_line(config, state, line, ledger))
+    telemetry.generation(_telemetry_line(materials, state, line, ledger))
 
 
 def _climb(state: State, directions: Directions, lr: float) -> tuple[Report, int]:
@@ -200,6 +204,7 @@ def _evaluate_if_due(
     if state.step in done or not (final or state.step % config.evaluation.every == 0):
         return
     wanted = config.evaluation
+    started = time.perf_counter()
     evaluation = evaluate_center(
         session.pool,
         session.pool.put(state.theta),
@@ -208,6 +213,7 @@ def _evaluate_if_due(
         sampling(config, session.materials.task, wanted.samples, wanted.temperature),
         wanted.chunk,
     )
+    seconds = time.perf_counter() - started
     line = {"kind": "evaluation", "step": state.step, "theta": fingerprint(state.theta), **evaluation.summary}
     write_json_lines(folder.samples_file(state.step), evaluation.samples)
     if _is_best(line, evaluations.lines):
@@ -215,7 +221,7 @@ def _evaluate_if_due(
     if state.step:
         checkpoint(folder, ledger, state, config)
     evaluations.append(line)
-    telemetry.evaluation(line)
+    telemetry.evaluation({**line, "seconds": seconds})
 
 
 def _is_best(line: Line, before: list[Line]) -> bool:
@@ -231,21 +237,28 @@ def _progress(config: Config, state: State) -> float:
     return config.budget.progress(state.step - state.first_step, state.costs - state.first_costs)
 
 
-def _telemetry_line(config: Config, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
+def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledger) -> dict[str, Any]:
+    config, times = materials.config, dict(line["times"])
     spent = _progress(config, state)
+    delta_norm, delta_norm_ratio = materials.space.delta_norm(state.theta)
     elapsed = sum(other["times"]["total"] for other in ledger.generations[state.first_step :])
     generations = config.budget.generations
     return {
         **{key: line[key] for key in ("step", "reward_mean", "accuracy", "components", "rollouts")},
         **{key: line[key] for key in ("tokens", "lr", "failures")},
         **{key: line.get(key) for key in ("reward_best", "fitness_spread", "constant_members", "sigma")},
+        "prompt_tokens": line.get("prompt_tokens", 0),
         "learning": line.get("learning", {}),
+        "stage": state.stage + 1,
         "generations": None if generations is None else state.first_step + generations,
         "spent": state.costs.to_json(),
-        "seconds": line["times"]["total"],
-        "seconds_rollouts": line["times"]["rollouts"],
-        "seconds_update": line["times"]["update"],
+        "seconds": times.pop("total"),
+        "seconds_rollouts": times.pop("rollouts"),
+        "seconds_update": times.pop("update"),
+        "times": times,
         "theta_rms": float(np.sqrt(np.mean(np.square(state.theta, dtype=np.float64)))),
+        "delta_norm": delta_norm,
+        "delta_norm_ratio": delta_norm_ratio,
         "worker_restarts": line["restarts"],
         "eta_seconds": elapsed * (1 - spent) / spent,
     }

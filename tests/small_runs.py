@@ -19,6 +19,7 @@ from es_engine.methods.base import Report
 from es_engine.optimizers import build_optimizer
 from es_engine.session import Materials, gather, needs, worker_setup
 from workers.actor import Worker, WorkerSetup
+from workers.canary import CanaryReport
 from workers.engine import Vector
 from workers.pool import Call
 
@@ -53,7 +54,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 class LocalPool:
     """A pool of real workers in this process, which carry out calls in turn; keeps the calls."""
 
-    restarts = speculative = 0
+    restarts = speculative = retries = 0
 
     def __init__(self, materials: Materials, workers: int = 1) -> None:
         self._start(worker_setup(materials, needs(materials)), workers)
@@ -75,6 +76,13 @@ class LocalPool:
     @property
     def size(self) -> int:
         return len(self.workers)
+
+    @property
+    def canaries(self) -> dict[int, CanaryReport]:
+        return {}
+
+    def states(self) -> dict[str, int]:
+        return {"busy": 0, "idle": self.size, "starting": 0}
 
     def put(self, value: Any) -> Any:
         return value

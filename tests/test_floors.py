@@ -38,6 +38,8 @@ FLOORS = {
     "es_engine.run_folder": 4,
     "es_engine.run": 4,
     "es_engine.submit": 4,
+    "es_engine.run_lock": 4,
+    "es_engine.status": 4,
     "es_engine": 5,
     "es_engine.cli": 5,
 }

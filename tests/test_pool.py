@@ -193,7 +193,10 @@ def test_a_dead_workers_call_goes_to_another_that_need_not_wait_for_its_replacem
     assert pool.run([call(5, 0), call(5, 1)]) == [0, 0]
     assert cluster.now == 1 + 10
     assert pool.restarts == 1
-    assert notices == ["worker 1 is replaced (ActorDiedError)"]
+    assert pool.retries == 1
+    assert notices == ["worker 1 is replaced (ActorDiedError)", "a call of 5 s is given out again"]
+    assert [notice.about for notice in notices] == [{"worker": 1}, {"worker": 1, "call": "a call of 5 s"}]
+    assert pool.states() == {"busy": 0, "idle": 1, "starting": 1}
 
 
 def test_a_call_that_kills_every_worker_ends_the_run(start: Any) -> None:
@@ -222,7 +225,9 @@ def test_a_call_past_its_limit_goes_to_another_worker(start: Any) -> None:
     assert notices == [
         "waiting 61 s for a call of 30 s on worker 0",
         "worker 0 is replaced (a call of 30 s took more than 100 s)",
+        "a call of 30 s is given out again",
     ]
+    assert notices[0].about == {"worker": 0, "call": "a call of 30 s"}
 
 
 # --- nodes that come and go

@@ -15,11 +15,11 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import (
@@ -36,6 +36,9 @@ from es_engine.config import Config, SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
 from workers.places import Place, bounds, plan_places
 from workers.simulated_engine import SimulatedWorkers
+
+if TYPE_CHECKING:
+    from workers.canary import CanaryReport
 
 TICK_S = 1.0
 NODES_S = 5.0
@@ -55,7 +58,8 @@ PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_L
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best.
+    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best,
+    `chunk` the number of the chunk that it is about.
 
     `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
     goes to another.
@@ -65,7 +69,20 @@ class Call:
     method: str
     arguments: tuple[Any, ...]
     preferred: int | None = None
+    chunk: int | None = None
     fault: Callable[[Any], str | None] = lambda _: None
+
+
+class Notice(str):
+    """A sentence about the pool for people; `about` says for programs which worker, call and chunk it is about."""
+
+    about: Mapping[str, int | str]
+
+    def __new__(cls, text: str, worker: int, call: Call | None = None) -> Notice:
+        notice = super().__new__(cls, text)
+        named = {} if call is None else {"call": call.name, "chunk": call.chunk}
+        notice.about = {"worker": worker, **{name: value for name, value in named.items() if value is not None}}
+        return notice
 
 
 class _Round:
@@ -123,7 +140,12 @@ class _Seat:
     @property
     def busy_with(self) -> str:
         """What it does, for people."""
-        return "its start" if self.round is None else self.round.calls[self.number].name
+        return "its start" if self.call is None else self.call.name
+
+    @property
+    def call(self) -> Call | None:
+        """The call that it is busy with."""
+        return None if self.round is None else self.round.calls[self.number]
 
     def is_free(self) -> None:
         """Note that it has nothing to do."""
@@ -141,6 +163,8 @@ class Pool:
         """
         self.restarts = 0
         self.speculative = 0
+        self.retries = 0
+        self.canaries: dict[int, CanaryReport] = {}
         self._notify = notify
         self._config = setup.config
         self._pool = setup.config.pool
@@ -172,6 +196,13 @@ class Pool:
     def size(self) -> int:
         """The number of workers at the moment, at least 1."""
         return max(1, len(self._seats))
+
+    def states(self) -> dict[str, int]:
+        """How many workers do what at this moment; may be asked from another thread."""
+        states = {"busy": 0, "idle": 0, "starting": 0}
+        for seat in list(self._seats):
+            states["busy" if seat.round is not None else "idle" if seat.task is None else "starting"] += 1
+        return states
 
     def put(self, value: Any) -> Any:
         """Share a value with all workers; pass what comes back as a call's argument."""
@@ -278,8 +309,7 @@ class Pool:
                 if (reply := self._reply(seat)) is None:
                     continue
                 begun_for, (report,) = seat.setup, reply
-                seat.is_free()
-                seat.failed_starts = 0
+                self._has_started(seat, report)
                 if begun_for is self._setup:
                     described[seat.index] = report
                 else:  # a replacement, begun for the setup before, or one that is done with a call of it
@@ -329,9 +359,17 @@ class Pool:
                 return
             todo.results[seat.number] = result
             todo.took.append(took)
-        seat.is_free()
         if starting:
-            seat.failed_starts = 0
+            self._has_started(seat, result)
+        else:
+            seat.is_free()
+
+    def _has_started(self, seat: _Seat, report: dict[str, Any]) -> None:
+        """Note that a worker is ready, and what its canary found."""
+        seat.is_free()
+        seat.failed_starts = 0
+        if (canary := report.get("canary")) is not None:
+            self.canaries[seat.index] = canary
 
     def _reply(self, seat: _Seat) -> tuple[Any] | None:
         """What came of a worker's finished task; None if it died instead, and then all that follows is under way."""
@@ -362,24 +400,28 @@ class Pool:
             self._bar(seat, reason)
         elif (place := self._place_for(seat)) is None:
             self._seats.remove(seat)
-            self._notify(f"worker {seat.index} is lost ({reason}); there is no room for another")
+            self._notify(Notice(f"worker {seat.index} is lost ({reason}); there is no room for another", seat.index))
         else:
-            self._notify(f"worker {seat.index} is replaced ({reason})")
+            self._notify(Notice(f"worker {seat.index} is replaced ({reason})", seat.index))
             if place != seat.place:
                 seat.place, seat.actor = place, None
             self._start(seat)
         if todo is not None and todo is self._round:
-            self._retry(todo, number, reason)
+            self._retry(seat, todo, number, reason)
 
-    def _retry(self, todo: _Round, number: int, reason: str) -> None:
+    def _retry(self, seat: _Seat, todo: _Round, number: int, reason: str) -> None:
+        """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._pool.retries:
             raise RuntimeError(
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
                 "pool.retries allows no more"
             )
-        still = any(seat.round is todo and seat.number == number for seat in self._seats)
+        still = any(other.round is todo and other.number == number for other in self._seats)
         if number not in todo.results and not still:
+            self.retries += 1
+            call = todo.calls[number]
+            self._notify(Notice(f"{call.name} is given out again", seat.index, call))
             todo.repeated.discard(number)
             todo.put_back(number)
 
@@ -463,7 +505,8 @@ class Pool:
                 self._lose(seat, f"{seat.busy_with} took more than {limit:.0f} s")
             elif now - seat.noticed > NOTICE_S:
                 seat.noticed = now
-                overdue.append(f"waiting {now - seat.since:.0f} s for {seat.busy_with} on worker {seat.index}")
+                text = f"waiting {now - seat.since:.0f} s for {seat.busy_with} on worker {seat.index}"
+                overdue.append(Notice(text, seat.index, seat.call))
         for notice in overdue[:NOTICES]:
             self._notify(notice)
         if len(overdue) > NOTICES:

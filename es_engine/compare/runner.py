@@ -23,6 +23,7 @@ from es_engine.config.base import in_yaml
 from es_engine.past import Stages, present_stage, restore
 from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
+from es_engine.run_lock import locked
 from es_engine.session import Session
 from es_engine.trainer import Notices, begin, go_on
 
@@ -91,8 +92,9 @@ def _train(session: Session, trial: Trial, folder: Path, notices: Notices) -> No
             session.turn_to(trial.config.by_stage[0])
             begin(session, trial.config, run, notices)
         case "begun":
-            session.turn_to(present_stage(run))
-            go_on(session, run, notices)
+            with locked(run.path):
+                session.turn_to(present_stage(run))
+                go_on(session, run, notices)
         case _:
             session.turn_to(present_stage(run))
 

@@ -124,7 +124,8 @@ class EvolutionStrategies:
                     "noise_sum",
                     (generation, chunk.pairs, weights),
                     workers[chunk.index],
-                    partial(_fault_of_noise, dim),
+                    chunk=chunk.index,
+                    fault=partial(_fault_of_noise, dim),
                 )
                 for chunk, weights in jobs
             ]

@@ -50,7 +50,13 @@ def evaluate(
     notes = [(chunk.generation, chunk.sigma, chunk.members) for chunk in following] + [None] * pool.size
     shared = pool.put(list(batch))
     calls = [
-        Call(str(chunk), "evaluate", (chunk, shared, theta, version, ahead), fault=partial(fault_of, chunk, batch))
+        Call(
+            str(chunk),
+            "evaluate",
+            (chunk, shared, theta, version, ahead),
+            chunk=chunk.index,
+            fault=partial(fault_of, chunk, batch),
+        )
         for chunk, ahead in zip(begun, notes, strict=False)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from types import TracebackType
 from typing import Any, Protocol, TypedDict
 
 Line = Mapping[str, Any]
@@ -16,6 +17,7 @@ class GenerationLine(TypedDict):
     """
 
     step: int  # 0-based; shown as step + 1
+    stage: int  # from 1
     generations: int | None  # the budget, None when it is not counted in generations
     reward_mean: float | None
     reward_best: float | None
@@ -23,14 +25,18 @@ class GenerationLine(TypedDict):
     accuracy: float | None  # 0 to 1
     components: Mapping[str, float | None]  # mean of each named part of the reward
     rollouts: int
-    tokens: int
+    tokens: int  # generated
+    prompt_tokens: int
     spent: Mapping[str, float]  # by the run's steps so far: generated, processed, flops, worker_seconds
     seconds: float
     seconds_rollouts: float
     seconds_update: float
+    times: Mapping[str, float]  # seconds of work by its kind, added over workers
     sigma: float | None
     lr: float
     theta_rms: float
+    delta_norm: float  # of DeltaW, over all matrices
+    delta_norm_ratio: float  # the same as a fraction of the norm of the matrices
     constant_members: int | None  # members whose rewards were all equal
     learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
@@ -47,6 +53,13 @@ class EvaluationLine(TypedDict):
     accuracy: float | None  # mean, 0 to 1
     accuracy_ci95: Sequence[float] | None
     pass_at_k: Mapping[str, float]  # by k
+    components: Mapping[str, float | None]  # mean of each named part of the reward
+    problems: int
+    samples: int  # rollouts of each problem
+    tokens: int  # generated
+    prompt_tokens: int
+    seconds: float
+    times: Mapping[str, float]  # seconds of work by its kind, added over workers
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
 
 
@@ -68,8 +81,8 @@ class Telemetry(Protocol):
         """Something a person watching should read, one line."""
         ...
 
-    def close(self) -> None:
-        """The run has ended, well or not."""
+    def close(self, error: BaseException | None = None) -> None:
+        """The run has ended, or is left because of an error, which is raised elsewhere."""
         ...
 
 
@@ -93,10 +106,18 @@ class Broadcast:
         for place in self.places:
             place.message(text)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         with ExitStack() as each:  # closes the others too where one raises
             for place in self.places:
-                each.callback(place.close)
+                each.callback(place.close, error)
+
+    def __enter__(self) -> Broadcast:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
 
 
 def _check(line: Line, keys: frozenset[str]) -> None:

@@ -38,7 +38,7 @@ class LineTelemetry:
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Nothing is held open."""
 
 
@@ -68,7 +68,7 @@ class LiveTelemetry:
     def message(self, text: str) -> None:
         self._console.print(Text(text))
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         self._live.stop()
 
 

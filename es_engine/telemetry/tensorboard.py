@@ -6,25 +6,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from es_engine.telemetry.base import Line, numbers
-
-TAGS = {
-    "reward_mean": "reward/mean",
-    "reward_best": "reward/best",
-    "accuracy": "reward/accuracy",
-    "fitness_spread": "population/fitness_spread",
-    "constant_members": "population/constant_members",
-    "sigma": "step/sigma",
-    "lr": "step/lr",
-    "theta_rms": "step/theta_rms",
-    "rollouts": "throughput/rollouts",
-    "tokens": "throughput/tokens",
-    "seconds": "seconds/generation",
-    "seconds_rollouts": "seconds/rollouts",
-    "seconds_update": "seconds/update",
-    "worker_restarts": "failures/worker_restarts",
-}
-MAPPINGS = ("components", "failures", "spent", "learning")
+from es_engine.telemetry.base import Line
+from es_engine.telemetry.scalars import evaluation_scalars, generation_scalars
 
 
 class TensorBoardTelemetry:
@@ -38,18 +21,15 @@ class TensorBoardTelemetry:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def generation(self, line: Line) -> None:
-        scalars = {tag: line[key] for key, tag in TAGS.items() if line[key] is not None}
-        scalars |= numbers({name: line[name] for name in MAPPINGS})
-        scalars["throughput/tokens_per_second"] = line["tokens"] / line["seconds"]
-        self._write(scalars, line["step"] + 1)
+        self._write(generation_scalars(line), line["step"] + 1)
 
     def evaluation(self, line: Line) -> None:
-        self._write({f"evaluation/{name}": value for name, value in numbers(line)}, line["step"])
+        self._write(evaluation_scalars(line), line["step"])
 
     def message(self, text: str) -> None:
         """TensorBoard shows figures only."""
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         self._writer.close()
 
     def _write(self, scalars: dict[str, float], step: int) -> None:

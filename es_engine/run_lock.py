@@ -1,0 +1,60 @@
+"""Who trains in a run folder: a lock that the kernel lets go of when its process ends, however it ends.
+
+The name of the process is in the lock's file for people; whether it is still there, only the lock says. It holds
+between hosts where the file system passes flock on, as NFS does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+LOCK = ".lock"
+PATIENCE_S = 1.0
+"""Whoever asks for the holder has the lock himself for an instant."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder. Raises ValueError if one of them does."""
+    with (folder / LOCK).open("a+") as file:
+        deadline = time.monotonic() + PATIENCE_S
+        while not _taken(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{folder}: {_named(file)} trains in this run folder; wait for its end, or stop it")
+            time.sleep(PATIENCE_S / 20)
+        file.truncate(0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        file.flush()
+        yield
+
+
+def holder(folder: Path) -> str | None:
+    """The process that trains in a run folder, in words; None if there is none."""
+    try:
+        file = (folder / LOCK).open()
+    except FileNotFoundError:
+        return None
+    with file:
+        return None if _taken(file, fcntl.LOCK_SH) else _named(file)
+
+
+def _taken(file: TextIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _named(file: TextIO) -> str:
+    file.seek(0)
+    return file.read() or "another process"

@@ -1,0 +1,34 @@
+"""What the loggers of experiment trackers share: a run's id there, which a resumed run goes on with, and how a missing
+package is told."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from es_engine.run_folder import write_text
+
+IDS = "trackers.json"
+
+
+def required(package: str, field: str, extra: str) -> Any:
+    """The package of a tracker. Raises ValueError, naming the field that asks for it, if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{field}: {package} is not installed; use null, or install it with `pip install es-engine[{extra}]`"
+        ) from error
+
+
+def remembered_id(run_dir: Path, tracker: str, make: Callable[[], str]) -> str:
+    """The id that a run has in a tracker: made the first time, kept in the run folder."""
+    path = run_dir / IDS
+    known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    if tracker not in known:
+        known[tracker] = make()
+        write_text(path, json.dumps(known, indent=2) + "\n")
+    return known[tracker]
