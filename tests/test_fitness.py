@@ -356,15 +356,17 @@ def test_bad_input_ends_the_command_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_vllm_reads_references_that_leave_room_for_a_token(random_llama: Path, tmp_path: Path) -> None:
-    """16 tokens: 5 of the prompt, and an end of one."""
-    for length, fits in ((9, True), (10, False)):
+@pytest.mark.parametrize(("limit", "context"), [(16, 16), (None, 512)])
+def test_vllm_reads_references_that_leave_room_for_a_token(
+    limit: int | None, context: int, random_llama: Path, tmp_path: Path
+) -> None:
+    """Beside 6 tokens: 5 of the prompt, and an end of one."""
+    for length, fits in ((context - 7, True), (context - 6, False)):
         data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "10+1=", "completion": "1" * length}])
         whole = small_config(random_llama, REFERENCES | {"data": data}).model_dump(mode="json")
-        config = parse_config(whole | {"engine": {"kind": "vllm", "max_model_len": 16}})
-        with (
-            nullcontext() if fits else pytest.raises(ValueError, match=r"has 16 tokens with its completion, and .* 15")
-        ):
+        config = parse_config(whole | {"engine": {"kind": "vllm", "max_model_len": limit}})
+        sentence = rf"has {context} tokens with its completion, and .* {context - 1}"
+        with nullcontext() if fits else pytest.raises(ValueError, match=sentence):
             gather(config)
 
 
