@@ -176,9 +176,9 @@ def _build_fitness(config: Config, method: EsMethodConfig, task: Task, model: Pa
         return TeacherFitness(teacher.parameters)
     if method.fitness == "references":
         completions = _load_completions(model, task, method.data)
-        limit = getattr(config.engine, "max_model_len", None)
-        if limit is not None:  # vLLM reads a text only where there is room for one more token
-            completions = replace(completions, context=min(completions.context, limit) - 1)
+        if config.engine.kind == "vllm":  # which reads a text only where there is room for one more token
+            context = min(completions.context, config.engine.max_model_len or completions.context)
+            completions = replace(completions, context=context - 1)
         size = population.batch_size(method)
         source = demonstrations(method.data, size, config.seed, cast(SingleTurnTask, task), completions)
         return ReferenceFitness(source, completions)

@@ -33,7 +33,7 @@ from es_engine import cli, noise
 from es_engine.config import ConfigError, EsMethodConfig, TeacherConfig, parse_config
 from es_engine.costs import Costs
 from es_engine.ledger import Ledger
-from es_engine.methods.es import EvolutionStrategies
+from es_engine.methods.es import Estimate, EvolutionStrategies
 from es_engine.methods.fitness import TeacherFitness
 from es_engine.methods.opd import ExactLoss
 from es_engine.past import replay
@@ -161,9 +161,11 @@ class OneToken:
 
     size = 1
 
-    def __init__(self, model: GradientModel, space: LoraSpace) -> None:
+    def __init__(self, model: GradientModel, space: LoraSpace, speechless: int | None = None) -> None:
+        """`speechless` is the number of a member whose probabilities are not numbers."""
         self.model = model
         self.space = space
+        self.speechless = speechless
         self.perturber = Perturber(1, space.dim, 10**8)
 
     def put(self, value: Any) -> Any:
@@ -183,7 +185,8 @@ class OneToken:
                 count = chunk.sampling.samples
                 drawn = (np.arange(count) + np.random.default_rng([chunk.generation, place]).random(count)) / count
                 for sample, token in enumerate(np.searchsorted(np.exp(row).cumsum()[:-1], drawn).tolist()):
-                    said = Completion(0, sample, "", (token,), "length", (float(row[token]),))
+                    logprob = float("nan") if slot == self.speechless else float(row[token])
+                    said = Completion(0, sample, "", (token,), "length", (logprob,))
                     question = slot * len(rows) + place
                     outcomes.append(Outcome(question, sample, Score(0.0), 1, True, False, Transcript("", {}, said)))
         return collect(chunk, Outcomes(outcomes, 0, 0.0))
@@ -211,13 +214,17 @@ def one_token(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> O
 PROMPTS = random_prompts(5, 5, 5, 5)
 
 
-def imitate(pool: OneToken, theta: Vector, generation: int, population: int, shaping: str) -> Vector:
-    """The direction of a generation."""
+def one_generation(pool: OneToken, theta: Vector, generation: int, population: int, shaping: str) -> Estimate:
     method = {"population": population, "prompts": 4, "samples": 32, "temperature": 1.0, "shaping": shaping}
     config = EsMethodConfig(**method, fitness="teacher", teacher=TeacherConfig(adapter="near"))
     es = EvolutionStrategies(config, chunk=32, sampling=Sampling(1, 32, 1.0), fitness=TeacherFitness(parameters=1))
     batch = [Problem(Example(str(number), answer="", info={}), "", ids) for number, ids in enumerate(PROMPTS)]
-    direction = es.estimate(pool, theta, generation, batch, generation, sigma=0.3, dim=len(theta)).direction
+    return es.estimate(pool, theta, generation, batch, generation, sigma=0.3, dim=len(theta))
+
+
+def imitate(pool: OneToken, theta: Vector, generation: int, population: int, shaping: str) -> Vector:
+    """The direction of a generation."""
+    direction = one_generation(pool, theta, generation, population, shaping).direction
     assert direction is not None
     return direction
 
@@ -250,6 +257,17 @@ def test_a_teacher_is_approached(one_token: OneToken) -> None:
         theta = theta + 2 * imitate(one_token, theta, generation, population=32, shaping="zscore")
     after, _ = distil(one_token, theta)
     assert after < 0.6 * before
+
+
+def test_a_member_that_says_nothing_that_can_be_compared_is_left_out(one_token: OneToken) -> None:
+    """As where half precision overflows under a large sigma."""
+    speechless = OneToken(one_token.model, one_token.space, speechless=3)
+    theta = one_token.space.start()
+    records = [one_generation(pool, theta, 0, 8, "zscore").record for pool in (one_token, speechless)]
+    whole, found = (np.array(record["fitness"], dtype=float) for record in records)
+    assert np.isnan(found[3]).all()
+    np.testing.assert_allclose(np.delete(found, 3, axis=0), np.delete(whole, 3, axis=0))
+    assert records[1]["learning"]["reverse_kl"] == pytest.approx(-np.nanmean(found))
 
 
 # Runs
@@ -356,15 +374,17 @@ def test_bad_input_ends_the_command_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_vllm_reads_references_that_leave_room_for_a_token(random_llama: Path, tmp_path: Path) -> None:
-    """16 tokens: 5 of the prompt, and an end of one."""
-    for length, fits in ((9, True), (10, False)):
+@pytest.mark.parametrize(("limit", "context"), [(16, 16), (None, 512)])
+def test_vllm_reads_references_that_leave_room_for_a_token(
+    limit: int | None, context: int, random_llama: Path, tmp_path: Path
+) -> None:
+    """Beside 6 tokens: 5 of the prompt, and an end of one."""
+    for length, fits in ((context - 7, True), (context - 6, False)):
         data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "10+1=", "completion": "1" * length}])
         whole = small_config(random_llama, REFERENCES | {"data": data}).model_dump(mode="json")
-        config = parse_config(whole | {"engine": {"kind": "vllm", "max_model_len": 16}})
-        with (
-            nullcontext() if fits else pytest.raises(ValueError, match=r"has 16 tokens with its completion, and .* 15")
-        ):
+        config = parse_config(whole | {"engine": {"kind": "vllm", "max_model_len": limit}})
+        sentence = rf"has {context} tokens with its completion, and .* {context - 1}"
+        with nullcontext() if fits else pytest.raises(ValueError, match=sentence):
             gather(config)
 
 

@@ -120,9 +120,11 @@ class TeacherFitness:
         results = evaluate(pool, told, batch, theta, version, upcoming)
         rewards = _rewards(results)
         ratios, costs = self._log_ratios(pool, chunks, batch, results)
-        sums, tokens = np.array([ratio.sum() for ratio in ratios]), sum(map(len, ratios))
-        fitness = mean_of_samples(-sums.reshape(*rewards.shape, -1)) * len(ratios) / max(1, tokens)
-        learning = {"reverse_kl": float(sums.sum()) / tokens if tokens else None}
+        sums = np.array([ratio.sum() for ratio in ratios])
+        there = ~np.isnan(sums)  # a member whose own probabilities are no numbers has no fitness
+        tokens = sum(len(ratio) for ratio, counts in zip(ratios, there, strict=True) if counts)
+        fitness = mean_of_samples(-sums.reshape(*rewards.shape, -1)) * there.sum() / max(1, tokens)
+        learning = {"reverse_kl": float(sums[there].sum()) / tokens if tokens else None}
         record = _reward_record(rewards) | figures(results) | {"fitness": _rows(fitness), "learning": learning}
         return Measured(fitness, results, record, total_costs(results) + costs)
 
