@@ -11,11 +11,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
@@ -168,19 +170,16 @@ def test_base_images_are_pinned_and_stages_exist() -> None:
         assert "USER engine" in text
 
 
-def test_the_packages_of_a_cluster_are_what_ray_asks_for_beside_the_others() -> None:
-    from importlib.metadata import requires
-
-    from packaging.requirements import Requirement
-
-    locked = {}
-    for name in ("cpu", "cluster"):
+@pytest.mark.parametrize("names", [("cpu", "cluster"), ("cuda",)])
+def test_the_nodes_of_a_cluster_have_what_ray_asks_for(names: tuple[str, ...]) -> None:
+    locked: dict[str, list[str]] = {}
+    for name in names:
         for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
             if line and not line.startswith("#"):
                 package, _, version = line.partition(" ;")[0].partition("==")
                 locked.setdefault(package.lower().replace("_", "-"), []).append(version)
-    wanted = [Requirement(text) for text in requires("ray") or ()]
-    for requirement in wanted:
+    assert locked["ray"] == [pinned("ray")]
+    for requirement in map(Requirement, requires("ray") or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": "default"}):
             versions = locked[requirement.name.lower().replace("_", "-")]
             assert any(requirement.specifier.contains(version) for version in versions), requirement
