@@ -134,13 +134,10 @@ def test_a_command_that_does_not_exist_is_found(wrong: list[str]) -> None:
 
 
 def test_the_page_names_files_that_exist() -> None:
-    links = re.findall(r"`((?:deploy/|kubernetes/|slurm/|skypilot/|compose)[\w./-]*)`", README)
-    named = re.findall(r"(?<![\w/])deploy/[\w./-]*\w", README) + [
-        f"deploy/{link}" for link in links if link[:6] != "deploy"
-    ]
-    assert len(named) > 15
-    made = {"deploy/.env"}
-    assert [name for name in named if name not in made and not (ROOT / name).exists()] == []
+    inside = re.findall(r"`((?:kubernetes/|slurm/|skypilot/|compose)[\w./-]*)`", README)
+    named = {f"deploy/{name}" for name in inside} | set(re.findall(r"(?<![\w/])deploy/[\w./-]*\w", README))
+    assert len(named) > 10
+    assert [name for name in named - {"deploy/.env"} if not (ROOT / name).exists()] == []
     manifests = re.findall(r"[`/]((?:ray\w+)-[\w-]+\.yaml)", README)
     assert set(manifests) == {path.name for path in MANIFESTS}
 
@@ -158,13 +155,12 @@ def test_the_image_is_made_of_files_that_exist_and_are_let_in() -> None:
 
 
 def test_base_images_are_pinned_and_stages_exist() -> None:
-    stages = dict(re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE))
-    names = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
-    bases = [base for base in stages if base not in names]
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    names = {name for _, name in stages}
+    bases = {base for base, _ in stages} - names
     assert len(bases) == 2
     assert all(re.search(r":\d+\.\d+\.\d+-", base) for base in bases)
-    assert {"cpu", "cuda"} <= set(names)
-    assert set(re.findall(r"COPY --from=(\S+)", DOCKERFILE)) <= set(names)
+    assert {"cpu", "cuda", *re.findall(r"COPY --from=(\S+)", DOCKERFILE)} <= names
     for stage in ("cpu", "cuda"):
         text = re.split(r"^FROM ", DOCKERFILE.partition(f" AS {stage}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
         assert "USER engine" in text
@@ -206,6 +202,15 @@ def test_the_services_are_whole() -> None:
     assert (DEPLOY / services["head"]["build"]["context"]).resolve() == ROOT
     assert (ROOT / services["head"]["build"]["dockerfile"]).is_file()
     assert set(load(DEPLOY / "compose.gpu.yaml")["services"]) <= set(services)
+
+
+def test_prometheus_asks_where_the_page_has_a_run_serve_its_metrics() -> None:
+    file = DEPLOY / "prometheus/prometheus.yml"
+    if not file.is_file():
+        pytest.skip("deploy/prometheus is not there")
+    targets = [each["targets"] for job in load(file)["scrape_configs"] for each in job["static_configs"]]
+    ports = re.findall(r"telemetry\.prometheus_port=(\d+)", README)
+    assert targets == [[f"127.0.0.1:{port}"] for port in ports]
 
 
 # Kubernetes
