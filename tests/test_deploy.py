@@ -11,11 +11,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
@@ -132,13 +134,10 @@ def test_a_command_that_does_not_exist_is_found(wrong: list[str]) -> None:
 
 
 def test_the_page_names_files_that_exist() -> None:
-    links = re.findall(r"`((?:deploy/|kubernetes/|slurm/|skypilot/|compose)[\w./-]*)`", README)
-    named = re.findall(r"(?<![\w/])deploy/[\w./-]*\w", README) + [
-        f"deploy/{link}" for link in links if link[:6] != "deploy"
-    ]
-    assert len(named) > 15
-    made = {"deploy/.env"}
-    assert [name for name in named if name not in made and not (ROOT / name).exists()] == []
+    inside = re.findall(r"`((?:kubernetes/|slurm/|skypilot/|compose)[\w./-]*)`", README)
+    named = {f"deploy/{name}" for name in inside} | set(re.findall(r"(?<![\w/])deploy/[\w./-]*\w", README))
+    assert len(named) > 10
+    assert [name for name in named - {"deploy/.env"} if not (ROOT / name).exists()] == []
     manifests = re.findall(r"[`/]((?:ray\w+)-[\w-]+\.yaml)", README)
     assert set(manifests) == {path.name for path in MANIFESTS}
 
@@ -156,31 +155,27 @@ def test_the_image_is_made_of_files_that_exist_and_are_let_in() -> None:
 
 
 def test_base_images_are_pinned_and_stages_exist() -> None:
-    stages = dict(re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE))
-    names = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
-    bases = [base for base in stages if base not in names]
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    names = {name for _, name in stages}
+    bases = {base for base, _ in stages} - names
     assert len(bases) == 2
     assert all(re.search(r":\d+\.\d+\.\d+-", base) for base in bases)
-    assert {"cpu", "cuda"} <= set(names)
-    assert set(re.findall(r"COPY --from=(\S+)", DOCKERFILE)) <= set(names)
+    assert {"cpu", "cuda", *re.findall(r"COPY --from=(\S+)", DOCKERFILE)} <= names
     for stage in ("cpu", "cuda"):
         text = re.split(r"^FROM ", DOCKERFILE.partition(f" AS {stage}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
         assert "USER engine" in text
 
 
-def test_the_packages_of_a_cluster_are_what_ray_asks_for_beside_the_others() -> None:
-    from importlib.metadata import requires
-
-    from packaging.requirements import Requirement
-
-    locked = {}
-    for name in ("cpu", "cluster"):
+@pytest.mark.parametrize("names", [("cpu", "cluster"), ("cuda",)])
+def test_the_nodes_of_a_cluster_have_what_ray_asks_for(names: tuple[str, ...]) -> None:
+    locked: dict[str, list[str]] = {}
+    for name in names:
         for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
             if line and not line.startswith("#"):
                 package, _, version = line.partition(" ;")[0].partition("==")
                 locked.setdefault(package.lower().replace("_", "-"), []).append(version)
-    wanted = [Requirement(text) for text in requires("ray") or ()]
-    for requirement in wanted:
+    assert locked["ray"] == [pinned("ray")]
+    for requirement in map(Requirement, requires("ray") or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": "default"}):
             versions = locked[requirement.name.lower().replace("_", "-")]
             assert any(requirement.specifier.contains(version) for version in versions), requirement
@@ -207,6 +202,15 @@ def test_the_services_are_whole() -> None:
     assert (DEPLOY / services["head"]["build"]["context"]).resolve() == ROOT
     assert (ROOT / services["head"]["build"]["dockerfile"]).is_file()
     assert set(load(DEPLOY / "compose.gpu.yaml")["services"]) <= set(services)
+
+
+def test_prometheus_asks_where_the_page_has_a_run_serve_its_metrics() -> None:
+    file = DEPLOY / "prometheus/prometheus.yml"
+    if not file.is_file():
+        pytest.skip("deploy/prometheus is not there")
+    targets = [each["targets"] for job in load(file)["scrape_configs"] for each in job["static_configs"]]
+    ports = re.findall(r"telemetry\.prometheus_port=(\d+)", README)
+    assert targets == [[f"127.0.0.1:{port}"] for port in ports]
 
 
 # Kubernetes
