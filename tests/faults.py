@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ def place(*faults: str) -> None:
 def left() -> list[str]:
     """The faults that have struck nobody yet."""
     return sorted(path.name for path in Path(os.environ[FOLDER]).glob("*.*.*"))
+
+
+@contextmanager
+def pauses(seconds: float) -> Iterator[None]:
+    """Have every chunk take that much longer."""
+    pause = Path(os.environ[FOLDER]) / "pause"
+    pause.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        pause.unlink()
 
 
 def strike(phase: str) -> str | None:
@@ -57,7 +70,9 @@ class FaultyEngine:
         self._engine.write_slots(*arguments)
 
     def generate(self, *arguments: Any) -> Iterator[Any]:
-        fault = None
+        fault, pause = None, Path(os.environ[FOLDER]) / "pause"
+        if pause.exists():
+            time.sleep(float(pause.read_text()))
         for number, completion in enumerate(self._engine.generate(*arguments)):
             if number == 1:
                 fault = strike("generate")
