@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ def place(*faults: str) -> None:
 def left() -> list[str]:
     """The faults that have struck nobody yet."""
     return sorted(path.name for path in Path(os.environ[FOLDER]).glob("*.*.*"))
+
+
+@contextmanager
+def pauses(seconds: float) -> Iterator[None]:
+    """Have every chunk take that much longer."""
+    pause = Path(os.environ[FOLDER]) / "pause"
+    pause.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        pause.unlink()
 
 
 def strike(phase: str) -> str | None:
@@ -57,7 +70,9 @@ class FaultyEngine:
         self._engine.write_slots(*arguments)
 
     def generate(self, *arguments: Any) -> Iterator[Any]:
-        fault = None
+        fault, pause = None, Path(os.environ[FOLDER]) / "pause"
+        if pause.exists():
+            time.sleep(float(pause.read_text()))
         for number, completion in enumerate(self._engine.generate(*arguments)):
             if number == 1:
                 fault = strike("generate")
@@ -73,7 +88,7 @@ class FaultyEngine:
 
 
 class FaultyScorer:
-    """A scorer whose worker may be struck, or only the process of its verifier."""
+    """A scorer whose worker may be struck."""
 
     def __init__(self, scorer: Any) -> None:
         self._scorer = scorer
@@ -82,8 +97,7 @@ class FaultyScorer:
         return getattr(self._scorer, name)
 
     def drain(self) -> Any:
-        if strike("score") == "verifier":
-            os.kill(self._scorer._children[0]._process.pid, signal.SIGKILL)
+        strike("score")
         return self._scorer.drain()
 
 

@@ -221,19 +221,20 @@ class Pool:
         `pool.straggler_s` and no longer; the results of those that are given up are None."""
         todo = self._round = _Round(calls)
         enough_since = math.inf
-        while len(todo.results) < len(calls):
-            self._give_work(todo)
-            for seat in self._done([seat for seat in self._seats if seat.task is not None]):
-                self._take_result(seat)
-            self._watch()
-            if enough(todo.results.keys()):
-                enough_since = min(enough_since, time.monotonic())
-                if time.monotonic() - enough_since > self._pool.straggler_s:
-                    given_up = [call.name for number, call in enumerate(calls) if number not in todo.results]
-                    self._notify(f"going on without {', '.join(given_up[:NOTICES])}: {len(given_up)} of {len(calls)}")
-                    break
-        self._round = None
-        return [todo.results.get(number) for number in range(len(calls))]
+        try:
+            while len(todo.results) < len(calls):
+                self._give_work(todo)
+                for seat in self._done([seat for seat in self._seats if seat.task is not None]):
+                    self._take_result(seat)
+                self._watch()
+                if enough(todo.results.keys()):
+                    enough_since = min(enough_since, time.monotonic())
+                    if time.monotonic() - enough_since > self._pool.straggler_s:
+                        self._tell_given_up(todo)
+                        break
+            return [todo.results.pop(number, None) for number in range(len(calls))]
+        finally:
+            self._round = None
 
     def assign(self, setup: WorkerSetup) -> None:
         """Have the workers, and those that will replace them, serve another run, of the same engine and pool.
@@ -424,6 +425,10 @@ class Pool:
             self._notify(Notice(f"{call.name} is given out again", seat.index, call))
             todo.repeated.discard(number)
             todo.put_back(number)
+
+    def _tell_given_up(self, todo: _Round) -> None:
+        names = [call.name for number, call in enumerate(todo.calls) if number not in todo.results]
+        self._notify(f"going on without {len(names)} of {len(todo.calls)} calls: {', '.join(names[:NOTICES])}")
 
     # --- nodes
 
