@@ -112,7 +112,7 @@ class EvolutionStrategies:
                     "noise_sum",
                     (generation, chunk.pairs, weights),
                     workers[chunk.index],
-                    chunk.index,
+                    chunk=chunk.index,
                 )
                 for chunk, weights in jobs
             ]
