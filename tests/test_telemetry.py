@@ -8,8 +8,9 @@ import math
 import socket
 import struct
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -412,11 +413,9 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {(run.project, run.display_name) for run in runs} == {("trials", tmp_path.name)}
     assert {run.run_id for run in runs} == {json.loads((tmp_path / "trackers.json").read_text())["wandb"]}
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
+    deadline = time.monotonic() + 20  # W&B's own process may still be writing
+    while len(history := wandb_history(files)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert [(line["_step"], line["reward/mean"], line["evaluation/accuracy"]) for line in history] == [
         (1, 0.25, 0.21875),
         (2, 1.25, 0.21875),
@@ -425,13 +424,22 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert b"0123456789" * 4 not in written
 
 
+def wandb_history(files: Sequence[Path]) -> list[dict[str, float]]:
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for file in files
+        for record in wandb_records(file)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
 def wandb_records(file: Path) -> Iterator[Any]:
     """The records of W&B's file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB; each fragment has a
     checksum of 4 bytes, its length, and whether it is whole, first, middle or last of a record)."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, whole = file.read_bytes(), 7, b""
-    while place < len(data):
+    while place + 7 < len(data):
         if (left := -place % 32768) and left < 7:
             place += left
         length, kind = struct.unpack_from("<HB", data, place + 4)

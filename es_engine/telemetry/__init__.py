@@ -39,7 +39,7 @@ def open_telemetry(config: Config, folder: RunFolder, first_step: int, workers: 
         if wanted.tensorboard:
             places.append(TensorBoardTelemetry(folder.path / "tb", first_step))
         if wanted.wandb is not None:
-            places.append(WandbTelemetry(wanted.wandb, config, folder.path))
+            places.append(WandbTelemetry(wanted.wandb, config, folder.path, telemetry.message))
         if wanted.mlflow is not None:
             places.append(MlflowTelemetry(wanted.mlflow, config, folder.path, telemetry.message))
     except BaseException as error:

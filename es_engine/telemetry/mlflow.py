@@ -60,9 +60,10 @@ class MlflowTelemetry:
         """MLflow is given figures only."""
 
     def close(self, error: BaseException | None = None) -> None:
+        end = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
         try:
             self._send()
-            self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
+            self._client.set_terminated(self._id, end)
         except self._failure as failure:
             self._tell(f"MLflow has not been given the last {len(self._waiting)} figures ({failure})")
 

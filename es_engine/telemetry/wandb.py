@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -20,9 +21,10 @@ class WandbTelemetry:
     Raises ValueError if wandb is not installed.
     """
 
-    def __init__(self, wanted: WandbConfig, config: Config, run_dir: Path) -> None:
+    def __init__(self, wanted: WandbConfig, config: Config, run_dir: Path, tell: Callable[[str], None]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         wandb = required("wandb", "telemetry.wandb", "wandb")
+        quiet = {"silent": True, "console": "off", "disable_git": True, "disable_code": True, "x_disable_stats": True}
         self._run: Any = wandb.init(
             project=wanted.project,
             entity=wanted.entity,
@@ -32,8 +34,10 @@ class WandbTelemetry:
             name=run_dir.resolve().name,
             resume="allow" if wanted.mode == "online" else None,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True, x_disable_stats=True),
+            settings=wandb.Settings(**quiet),
         )
+        if self._run.url:
+            tell(f"W&B: {self._run.url}")
 
     def generation(self, line: Line) -> None:
         self._run.log(generation_scalars(line), step=line["step"] + 1)
