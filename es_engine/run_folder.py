@@ -73,7 +73,7 @@ class RunFolder:
 
     def refuse_existing(self) -> None:
         """Raises ValueError if there is a run, or anything else, in the folder already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not is_free(self.path, self.config_file.name):
             raise ValueError(f"{self.path}: this run folder exists already; resume it, or give another with --run-dir")
 
     def load_config(self) -> Config:
@@ -131,13 +131,21 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def is_free(folder: Path, first: str) -> bool:
+    """Can something be begun in a folder by writing a file `first`? It may be empty, or not there, or hold half of that
+    file, which a crash left."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name == _partial(Path(first)).name for path in folder.iterdir())
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Replace a folder by what `write` puts into a new one: a crash at any instant leaves the old one or the new one,
     whole; where it falls between the two renames, the old one is called FOLDER.old until the next call.
 
     Raises OSError, and keeps the old one, where the disk takes no more.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial, old = _partial(folder), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (partial, old):
@@ -161,7 +169,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text`; whoever looks sees the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         partial.write_text(text)
         _sync(partial)
@@ -175,6 +183,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file by one JSON object a line."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _partial(path: Path) -> Path:
+    """What is written before it takes the place of a file or folder."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def _sync(path: Path) -> None:
