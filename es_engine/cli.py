@@ -241,9 +241,10 @@ def report(
 
     if over is not None and over not in AXES:
         raise ValueError(f"--over: got {over}, accepted is {', '.join(AXES)}")
+    for path in runs:
+        if not find_runs([path]):
+            raise ValueError(f"{path}: neither a run folder nor a folder of them")
     found = find_runs(runs)
-    if not found:
-        raise ValueError(f"{runs[0]}: neither a run folder nor a folder of them")
     target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
     groups = group_runs([read_run(run) for run in found])
     write_report(target, groups, title=", ".join(group.label for group in groups), over=over, pngs=png)

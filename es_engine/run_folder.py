@@ -74,7 +74,7 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raises ValueError if there is a run, or anything else, in the folder already; a config that was cut off while
         it was written is nothing."""
-        if self.path.exists() and not (self.path.is_dir() and set(self.path.iterdir()) <= {_partial(self.config_file)}):
+        if not is_free(self.path, self.config_file.name):
             raise ValueError(f"{self.path}: this run folder exists already; resume it, or give another with --run-dir")
 
     def load_config(self) -> Config:
@@ -136,6 +136,14 @@ class RunFolder:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_free(folder: Path, first: str) -> bool:
+    """Can something be begun in a folder by writing a file `first`? It may be empty, or not there, or hold half of that
+    file, which a crash left."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name == _partial(Path(first)).name for path in folder.iterdir())
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

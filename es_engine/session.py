@@ -139,7 +139,7 @@ def _gather(config: Config, base: LocalModel | None) -> Materials:
         rank=config.space.rank,
         alpha=config.space.alpha,
         train=config.space.train,
-        units=config.space.units or ("weight" if config.method.kind == "es" else "raw"),
+        units=config.units,
         seed=config.space.seed,
         init=Path(config.space.init) if config.space.init else None,
     )

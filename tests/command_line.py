@@ -11,8 +11,8 @@ from unittest.mock import patch
 from es_engine import cli
 
 
-def refusal(*arguments: object) -> str:
-    """The one sentence of a command that refuses its input with exit code 2."""
+def command(*arguments: object) -> tuple[int, str]:
+    """Run a command to its end: its exit code and what it printed."""
     output = io.StringIO()
     handlers = {number: signal.getsignal(number) for number in cli.INTERRUPTS}
     try:
@@ -22,13 +22,19 @@ def refusal(*arguments: object) -> str:
             redirect_stderr(output),
         ):
             cli.main()
-        code: object = 0
+        code = 0
     except SystemExit as end:
-        code = end.code
+        code = int(end.code or 0)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert code == 2, output.getvalue()
-    lines = [line for line in output.getvalue().splitlines() if line.startswith("es-engine: ")]
-    assert len(lines) == 1, output.getvalue()
+    return code, output.getvalue()
+
+
+def refusal(*arguments: object) -> str:
+    """The one sentence of a command that refuses its input with exit code 2."""
+    code, output = command(*arguments)
+    assert code == 2, output
+    lines = [line for line in output.splitlines() if line.startswith("es-engine: ")]
+    assert len(lines) == 1, output
     return lines[0].removeprefix("es-engine: ")

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from es_engine import past, session, trainer
-from es_engine.config import Config, SgdConfig, dump_config, load_config, parse_config
+from es_engine.config import Config, SgdConfig, dump_config, parse_config
 from es_engine.methods.base import Report
 from es_engine.optimizers import build_optimizer
 from es_engine.session import Materials, gather, needs, worker_setup
@@ -132,12 +132,16 @@ def resume_here(run: Path) -> Path:
 
 def train_and_kill(config: Config, run: Path, calls: int) -> Path:
     """Begin a run in a process that is killed (kill -9) in place of its so-manieth call of a worker; its folder."""
-    path = write_config(config, run.with_name(f"{run.name}.yaml"))
-    command = [sys.executable, __file__, path, run, str(calls)]
+    kill_command("train", write_config(config, run.with_name(f"{run.name}.yaml")), "--run-dir", run, calls=calls)
+    return run
+
+
+def kill_command(*arguments: object, calls: int) -> None:
+    """Run the command line, without Ray, in a process that is killed in place of its so-manieth call of a worker."""
+    command = [sys.executable, __file__, str(calls), *map(str, arguments)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: a sum in parts has other bits
     done = subprocess.run(command, env=one_thread, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    return run
 
 
 def write_config(config: Config, path: Path) -> Path:
@@ -147,7 +151,9 @@ def write_config(config: Config, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    _, config_path, run_path, most = sys.argv
+    from es_engine import cli
+
+    most, *sys.argv[1:] = sys.argv[1:]
     run_calls = LocalPool.run
 
     def run_or_die(pool: LocalPool, calls: Sequence[Call]) -> list[Any]:
@@ -155,5 +161,5 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
         return run_calls(pool, calls)
 
-    with patch.object(LocalPool, "run", run_or_die):
-        train_here(load_config(config_path), Path(run_path))
+    with patch.object(session, "Pool", SessionPool), patch.object(LocalPool, "run", run_or_die):
+        cli.main()

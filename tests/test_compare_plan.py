@@ -11,7 +11,7 @@ from run_folders import SHARED, comparison_of, finish
 from small_runs import small_config, train_here
 
 from es_engine.compare.plan import (
-    MEASURES,
+    MEASURES_FILE,
     Trial,
     check_splits,
     choose,
@@ -20,6 +20,7 @@ from es_engine.compare.plan import (
     pending,
     tuning_trials,
 )
+from es_engine.compare.progress import Progress
 from es_engine.run_folder import RunFolder
 
 
@@ -58,7 +59,7 @@ def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path: Pat
     first, second, third = pending(comparison, tmp_path)
     reach(first, tmp_path)
     reach(second, tmp_path)
-    (tmp_path / second.folder / MEASURES).unlink()
+    (tmp_path / second.folder / MEASURES_FILE).unlink()
     assert [trial.stage(tmp_path) for trial in (first, second, third)] == ["finished", "trained", "absent"]
     (tmp_path / second.folder / "adapter").rmdir()
     assert second.stage(tmp_path) == "begun"
@@ -96,6 +97,22 @@ def test_an_unfinished_trial_decides_nothing(tmp_path: Path) -> None:
         choose(comparison_of(), tmp_path)
 
 
+def test_progress_counts_the_trials_and_guesses_the_time_that_is_left(tmp_path: Path) -> None:
+    comparison = comparison_of()
+    first, second, third, fourth = pending(comparison, tmp_path)
+    reach(first, tmp_path)
+    progress = Progress(comparison, tmp_path)
+    assert progress.title(second) == "[2 of 10] tuning/es/trial-02: optimizer.lr 6.0"
+    progress.done(second, 60.0)
+    assert progress.title(third) == "[3 of 10] tuning/grpo/trial-01: optimizer.lr 0.0001 (about 0:08:00 left)"
+    progress.done(third, 20.0)
+    assert progress.title(fourth).endswith("(about 0:04:20 left)")
+    for trial in (second, third, fourth):
+        reach(trial, tmp_path)
+    final, *_ = pending(comparison, tmp_path)
+    assert Progress(comparison, tmp_path).title(final) == "[5 of 10] runs/es/seed-1: optimizer.lr 3.0"
+
+
 def test_without_grids_there_is_nothing_to_tune(tmp_path: Path) -> None:
     comparison = comparison_of(runs={"es": {}})
     assert tuning_trials(comparison) == []
@@ -111,8 +128,15 @@ def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path)
         open_folder(comparison_of(budget={"tokens": 5}), folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
-    with pytest.raises(ValueError, match=r"other: it exists and holds no comparison"):
-        open_folder(comparison_of(), tmp_path / "other")
+    for taken in (tmp_path / "other", tmp_path / "other" / "notes"):
+        with pytest.raises(ValueError, match=rf"{taken.name}: it exists and holds no comparison"):
+            open_folder(comparison_of(), taken)
+
+
+def test_a_comparison_that_was_killed_before_it_began_can_be_begun(tmp_path: Path) -> None:
+    (tmp_path / "comparison.yaml.partial").write_text("name: me")
+    open_folder(comparison_of(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.yaml"]
 
 
 def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from es_engine.compare.measures import (
     scores_of,
 )
 from es_engine.compare.outcome import read_outcome
-from es_engine.compare.plan import MEASURES, Trial, pending
+from es_engine.compare.plan import MEASURES_FILE, Trial, pending
 from es_engine.compare.statistics import difference, share_interval
 from es_engine.compare.summary import summarise
 from es_engine.compare.tables import Table, tables
@@ -76,7 +76,7 @@ def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
     accuracy[2, 3], rewards[2, 3] = np.nan, np.nan
     rewards[2, 0, 1] = np.nan
     path = write_run(tmp_path / trial.folder, trial.config, accuracy=accuracy, rewards=rewards)
-    (path / MEASURES).write_text(made_up_measures(4).model_dump_json())
+    (path / MEASURES_FILE).write_text(made_up_measures(4).model_dump_json())
     found = read_outcome(trial, tmp_path)
     assert found.steps == (0, 2, 4)
     assert found.costs == (Costs(), Costs(2000, 10_000, 2 * 10**9, 4.0), Costs(4000, 20_000, 4 * 10**9, 8.0))
@@ -198,11 +198,11 @@ def test_tables_survive_markdown_and_terminals() -> None:
 def test_measures_come_back_from_their_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"measures.json: no such file"):
         read_measures(tmp_path)
-    (tmp_path / MEASURES).write_text("{}")
+    (tmp_path / MEASURES_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"measures.json: not the measures of a run"):
         read_measures(tmp_path)
     measures = made_up_measures(3)
-    (tmp_path / MEASURES).write_text(measures.model_dump_json())
+    (tmp_path / MEASURES_FILE).write_text(measures.model_dump_json())
     assert read_measures(tmp_path) == measures
     assert Measures.model_validate_json(measures.model_dump_json()) == measures
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from command_line import refusal
-from small_runs import LocalPool, SessionPool
+from command_line import command, refusal
+from small_runs import LocalPool, SessionPool, kill_command
 
 from es_engine import session
 from es_engine.compare.measures import read_measures
 from es_engine.compare.runner import compare
-from es_engine.config import ComparisonConfig, parse_comparison
+from es_engine.config import ComparisonConfig, dump_comparison, parse_comparison
 from es_engine.ledger import Ledger, first_difference
 from workers.pool import Call
 
@@ -61,30 +62,31 @@ def comparison(model: Path, folder: Path, **changes: Any) -> ComparisonConfig:
         },
         "thresholds": [0.5],
         "samples": {"n": 2},
-        "other_tasks": {"three": {**task, "numbers": [3]}},
+        "other_tasks": {
+            "three": {**task, "numbers": [3]},
+            "game": {"kind": "guess", "template": "plain", "high": 9, "span": 4},  # which SFT could not learn from
+        },
     }
     return parse_comparison(data | changes)
 
 
-class Stopped(BaseException):
-    """As if the process had been killed."""
+def compare_here(chosen: ComparisonConfig, folder: Path) -> None:
+    """Run a comparison without Ray."""
+    with patch.object(session, "Pool", SessionPool):
+        compare(chosen, folder)
 
 
-def compare_here(chosen: ComparisonConfig, folder: Path, calls: int | None = None) -> int:
-    """Run a comparison without Ray, up to so many calls of workers; how many there were."""
-    made = 0
+def command_interrupted(number: signal.Signals, calls: int, *arguments: object) -> tuple[int, str]:
+    """Run the command line without Ray, and send it a signal in place of its so-manieth call of a worker."""
     run_calls = LocalPool.run
 
     def run_or_stop(pool: LocalPool, given: Sequence[Call]) -> list[Any]:
-        nonlocal made
-        if calls is not None and made + len(given) > calls:
-            raise Stopped
-        made += len(given)
+        if len(pool.calls) + len(given) > calls:
+            signal.raise_signal(number)
         return run_calls(pool, given)
 
     with patch.object(session, "Pool", SessionPool), patch.object(LocalPool, "run", run_or_stop):
-        compare(chosen, folder)
-    return made
+        return command(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +95,11 @@ def chosen(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Comp
 
 
 @pytest.fixture(scope="module")
-def undisturbed(chosen: ComparisonConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A comparison that nothing happened to, and the calls it took."""
+def undisturbed(chosen: ComparisonConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that nothing happened to."""
     folder = tmp_path_factory.mktemp("compare") / "undisturbed"
-    return folder, compare_here(chosen, folder)
+    compare_here(chosen, folder)
+    return folder
 
 
 def comparable(data: Any) -> Any:
@@ -106,8 +109,8 @@ def comparable(data: Any) -> Any:
     return [comparable(value) for value in data] if isinstance(data, list) else data
 
 
-def test_every_trial_and_final_run_is_there_and_measured(undisturbed: tuple[Path, int]) -> None:
-    folder, _ = undisturbed
+def test_every_trial_and_final_run_is_there_and_measured(undisturbed: Path) -> None:
+    folder = undisturbed
     assert {path.parent.name for path in folder.glob("tuning/*/trial-*")} == {"es", "sft"}
     assert len(list(folder.glob("tuning/*/trial-*/adapter"))) == 4
     finals = sorted(folder.glob("runs/*/seed-*"))
@@ -118,60 +121,59 @@ def test_every_trial_and_final_run_is_there_and_measured(undisturbed: tuple[Path
         assert measures.kl is not None
         assert measures.kl.per_token > 0
         assert measures.kl.completions == 8
-        assert len(measures.other_tasks["three"].after.rewards) == 8
+        assert [len(each.after.rewards) for each in measures.other_tasks.values()] == [8, 8]
     before = {str(read_measures(run).other_tasks["three"].before) for run in finals}
     assert len(before) == 1
     summary = json.loads((folder / "comparison.json").read_text())
+    assert list(summary["runs"]["sft"]["other_tasks"]) == ["three", "game"]
     assert summary["runs"]["es"]["figures"]["reward_final"]["mean"] == pytest.approx(
         np.mean([Ledger(folder / f"runs/es/seed-{seed}/eval.jsonl").lines[-1]["reward"] for seed in (1, 2)])
     )
 
 
-def test_seeds_differ_and_methods_start_from_the_same_model(undisturbed: tuple[Path, int]) -> None:
-    folder, _ = undisturbed
-    evaluations = {path.parent: Ledger(path).lines for path in folder.glob("runs/*/seed-*/eval.jsonl")}
+def test_seeds_differ_and_methods_start_from_the_same_model(undisturbed: Path) -> None:
+    evaluations = {path.parent: Ledger(path).lines for path in undisturbed.glob("runs/*/seed-*/eval.jsonl")}
     assert len({lines[0]["reward"] for lines in evaluations.values()}) == 1
     assert len({lines[-1]["theta"] for lines in evaluations.values()}) == len(evaluations)
 
 
-@pytest.fixture(scope="module")
-def stopped(
-    chosen: ComparisonConfig, undisturbed: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, int]:
-    """The same comparison, stopped after every 20 calls, and the calls it took."""
-    folder, total = tmp_path_factory.mktemp("compare") / "stopped", 0
-    for _ in range(100):
-        try:
-            total += compare_here(chosen, folder, calls=20)
-        except Stopped:
-            continue
-        break
-    return folder, total
-
-
-def test_stopped_at_any_time_it_comes_to_the_same_tables(
-    stopped: tuple[Path, int], undisturbed: tuple[Path, int]
+def test_killed_and_interrupted_it_comes_to_the_same_tables(
+    chosen: ComparisonConfig, undisturbed: Path, tmp_path: Path
 ) -> None:
-    for run in [path.relative_to(undisturbed[0]).parent for path in undisturbed[0].rglob("ledger.jsonl")]:
-        assert first_difference(stopped[0] / run / "ledger.jsonl", undisturbed[0] / run / "ledger.jsonl") is None
-        mine, theirs = (Ledger(folder / run / "eval.jsonl").lines for folder in (stopped[0], undisturbed[0]))
+    """Interrupted among the trials of the grids, killed (kill -9) among the final runs, then interrupted again."""
+    config, folder = tmp_path / "comparison.yaml", tmp_path / "stopped"
+    config.write_text(dump_comparison(chosen))
+    arguments = ("compare", config, "--dir", folder)
+    code, printed = command_interrupted(signal.SIGINT, 10, *arguments)
+    assert (code, "a comparison goes on when it is begun again" in printed) == (130, True)
+    assert not (folder / "runs").exists()
+    kill_command(*arguments, calls=25)
+    assert (folder / "runs/es/seed-1").exists()
+    codes = [130]
+    while codes[-1] == 130:
+        codes.append(command_interrupted(signal.SIGTERM, 20, *arguments)[0])
+    assert codes == [130, 130, 130, 0]
+
+    for run in [path.relative_to(undisturbed).parent for path in undisturbed.rglob("ledger.jsonl")]:
+        assert first_difference(folder / run / "ledger.jsonl", undisturbed / run / "ledger.jsonl") is None
+        mine, theirs = (Ledger(each / run / "eval.jsonl").lines for each in (folder, undisturbed))
         assert [(line["step"], line["reward"]) for line in mine] == [(line["step"], line["reward"]) for line in theirs]
-    mine, theirs = (json.loads((each[0] / "comparison.json").read_text()) for each in (stopped, undisturbed))
+    mine, theirs = (json.loads((each / "comparison.json").read_text()) for each in (folder, undisturbed))
     assert comparable(mine) == comparable(theirs)
 
 
-def test_what_is_finished_is_not_run_again(chosen: ComparisonConfig, undisturbed: tuple[Path, int]) -> None:
-    folder, _ = undisturbed
-    tables = (folder / "comparison.md").read_bytes()
-    assert compare_here(chosen, folder, calls=0) == 0
-    assert (folder / "comparison.md").read_bytes() == tables
+def test_what_is_finished_is_not_run_again(chosen: ComparisonConfig, undisturbed: Path) -> None:
+    tables = (undisturbed / "comparison.md").read_bytes()
+    with patch.object(session, "Pool", side_effect=AssertionError("nothing is left to run")):
+        compare(chosen, undisturbed)
+    assert (undisturbed / "comparison.md").read_bytes() == tables
 
 
 def test_another_comparison_in_the_same_folder_is_refused(
-    undisturbed: tuple[Path, int], random_llama: Path, tmp_path: Path
+    undisturbed: Path, random_llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="it holds another comparison"):
-        compare(comparison(random_llama, tmp_path), undisturbed[0])
+        compare(comparison(random_llama, tmp_path), undisturbed)
 
 
 def test_a_bad_comparison_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ def test_a_mean_without_spread() -> None:
     assert all_right.low == pytest.approx(1 - none.high)
     assert difference(np.ones((3, 8)), np.ones((2, 8))).p == 1
     assert difference(np.ones((3, 8)), np.zeros((3, 8))).p < 1e-9
+    assert difference(np.full((3, 100), 0.1), np.full((2, 100), 0.1)).p == 1  # though their means differ by rounding
 
 
 def test_one_seed_shows_no_spread_of_seeds() -> None:

@@ -23,6 +23,7 @@ from es_engine.config import (
 from es_engine.config.loading import merge, nested
 
 ROOT = Path(__file__).resolve().parent.parent
+ADAM = {"kind": "adam", "lr": 1e-4}
 GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
 
 
@@ -104,6 +105,14 @@ def test_another_task_must_suit_the_runs() -> None:
     assert (
         sentence == 'other_tasks.game.kind: got "guess", accepted is a task of one turn while engine.kind is simulated'
     )
+
+
+@pytest.mark.parametrize(("run", "units"), [({"method": {"kind": "es"}}, "weight"), (GRPO, "raw")])
+def test_another_task_need_not_suit_the_method(run: dict[str, Any], units: str) -> None:
+    comparison = comparison_of(other_tasks={"game": {"kind": "guess"}}, runs={"only": run | {"optimizer": ADAM}})
+    config = comparison.final("only", {}, 1)
+    other = on_other_task(config, comparison.other_tasks["game"])
+    assert (other.task.kind, other.units, other.space.rank) == ("guess", units, config.space.rank)
 
 
 def test_another_task_leaves_the_tiny_model_what_it_was_taught() -> None:

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from es_engine import trainer
 from es_engine.cli import app
 from es_engine.config import dump_config
-from es_engine.report import RunGroup, Table, build, find_runs, group_runs, read_run
+from es_engine.report import RunGroup, Table, find_runs, group_runs, read_run
 from es_engine.report.curves import Series, curve, mean_over, thin
 from es_engine.report.data import RunReader, population, step_figures
-from es_engine.report.page import config_differences, content, embedded, summary
+from es_engine.report.page import config_differences, content, embedded, page, summary
 from es_engine.report.plots import Plot, plots
 from es_engine.report.png import write_pngs
 from es_engine.report.samples import samples
@@ -86,7 +86,7 @@ def test_a_run_in_progress_is_read_and_left_as_it_is(tmp_path: Path) -> None:
         (run / name).write_bytes(whole[:-5])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     data = read_run(run)
-    build(group_runs([data]), title="live")
+    page(content(group_runs([data]), title="live"))
     assert (data.steps, data.finished, [line["step"] for line in data.evaluations]) == (5, False, [0, 2, 4])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -154,6 +154,20 @@ def test_runs_that_differ_in_seeds_only_are_one_group(runs: Path) -> None:
         ("grpo", [0, 1]),
         ("sft", [0]),
     ]
+
+
+def test_runs_of_a_comparison_are_called_by_their_methods(tmp_path: Path) -> None:
+    """Their folders are called by their seeds, and their configs by both."""
+    for method, seed in (("es", 1), ("es", 2), ("grpo", 1)):
+        run = write_run(tmp_path / f"runs/{method}/seed-{seed}", method, seed=seed)
+        (run / "config.yaml").write_text(dump_config(config_of(f"{method}-seed-{seed}", method, seed)))
+    groups = group_runs([read_run(path) for path in find_runs([tmp_path])])
+    assert [(group.label, len(group.runs)) for group in groups] == [("es", 2), ("grpo-seed-1", 1)]
+
+
+def test_seeds_whose_folders_say_nothing_else_are_called_by_their_method(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / f"seed{seed}", "es", seed=seed) for seed in range(2)]
+    assert [group.label for group in group_runs([read_run(path) for path in paths])] == ["es"]
 
 
 def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
@@ -245,14 +259,15 @@ def test_embedded_data_comes_back_and_holds_no_markup(texts: dict[str, str]) -> 
 
 def test_the_page_is_one_file_whose_policy_admits_its_own_scripts_alone(runs: Path) -> None:
     tables = [Table(HOSTILE, HOSTILE, [HOSTILE, "p"], [[HOSTILE, 0.5], ["none", None], ["lost", float("nan")]])]
-    page = build(group_runs([read_run(runs / "es-seed0")]), title=HOSTILE, tables=tables)
-    assert "alert(1)</script>" not in page.replace("&lt;", "<").split("<style>")[1]
-    assert f"<title>{HOSTILE}" not in page
-    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)
+    text = page(content(group_runs([read_run(runs / "es-seed0")]), title=HOSTILE, tables=tables, details=tables))
+    assert "alert(1)</script>" not in text.replace("&lt;", "<").split("<style>")[1]
+    assert f"<title>{HOSTILE}" not in text
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', text)
     assert policy.startswith("default-src &#39;none&#39;; script-src &#39;sha256-")
     assert "connect-src &#39;none&#39;" in policy
-    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page.split('id="data"')[0])
-    data = embedded_data(page)
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text.split('id="data"')[0])
+    data = embedded_data(text)
+    assert data["tables"] == data["details"]
     assert data["tables"][0]["rows"] == [[HOSTILE, 0.5], ["none", None], ["lost", None]]
 
 
@@ -287,6 +302,7 @@ def test_the_command_writes_one_page_on_many_runs(runs: Path, tmp_path: Path) ->
     ("arguments", "words"),
     [
         (["."], r"\.: neither a run folder nor a folder of them"),
+        (["run", "rum"], r"rum: neither a run folder nor a folder of them"),
         (["es-seed0", "--over", "tokens"], "--over: got tokens, accepted is generated, processed, flops"),
     ],
 )
@@ -294,5 +310,7 @@ def test_the_command_refuses_what_it_cannot_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if "run" in arguments:
+        write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=words):
         CliRunner().invoke(app, ["report", *arguments], catch_exceptions=False)

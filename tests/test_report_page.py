@@ -36,14 +36,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of two seeds of ES, one of them of GRPO and a run of SFT, and a table."""
+    """The report of two seeds of ES, one of them of GRPO and a run of SFT, and two tables."""
     folder = tmp_path_factory.mktemp("runs")
     for name, method, seed in (("es-seed0", "es", 0), ("es-seed1", "es", 1), ("grpo", "grpo", 0), ("sft", "sft", 0)):
         write_run(folder / name, method, seed=seed, problems=24, completions=COMPLETIONS)
     path = folder / "report.html"
     table = Table(f"Result {ATTACK}", ATTACK, ["Method", "p"], [[ATTACK, 0.0123]])
     groups = group_runs([read_run(run) for run in find_runs([folder])])
-    write_report(path, groups, title=ATTACK, tables=[table], pngs=False)
+    details = Table("Details", "", ["Method", "tokens"], [["es", 12]])
+    write_report(path, groups, title=ATTACK, tables=[table], details=[details], pngs=False)
     return path
 
 
@@ -141,6 +142,22 @@ def test_completions_are_filtered_searched_and_turned_over(browser: Any, report:
     assert (reader.listed(), reader.count()) == (["heldout-17"], "1 to 1 of 1")
     reader.choose("sample-run", "grpo")
     assert reader.listed() == ["heldout-17"]
+    reader.close()
+
+
+def test_results_stand_before_the_curves_and_details_after_them(browser: Any, report: Path) -> None:
+    reader = Reader(browser, report.as_uri())
+    headings = reader.page.locator("main h2").all_text_contents()
+    assert headings == [
+        "Summary",
+        f"Result {ATTACK}",
+        "Curves",
+        "Details",
+        "Held-out completions",
+        "Failures",
+        "Configs",
+    ]
+    assert reader.page.locator("#details tbody tr").all_text_contents() == ["es12"]
     reader.close()
 
 

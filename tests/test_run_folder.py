@@ -108,6 +108,20 @@ def test_a_crash_at_a_rename_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_run_that_was_killed_while_its_config_was_written_can_be_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", die)
+        killed(lambda: folder.create(parse_config(CONFIG)))
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml.partial"]
+    folder.create(parse_config(CONFIG))
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    with pytest.raises(ValueError, match="this run folder exists already"):
+        folder.create(parse_config(CONFIG))
+
+
 def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     write_folder(target, writer(a="1"))

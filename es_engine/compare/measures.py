@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from es_engine.compare.plan import MEASURES
+from es_engine.compare.plan import MEASURES_FILE
 from es_engine.methods.rollouts import mean_of_samples
 from es_engine.run_folder import write_text
 
@@ -72,12 +72,12 @@ class Measures(_Data):
 
 def write_measures(run: Path, measures: Measures) -> None:
     """Leave a run's measures in its folder: from then on it is finished."""
-    write_text(run / MEASURES, measures.model_dump_json(indent=2) + "\n")
+    write_text(run / MEASURES_FILE, measures.model_dump_json(indent=2) + "\n")
 
 
 def read_measures(run: Path) -> Measures:
     """The measures in a run's folder. Raises ValueError, naming the file, for what is none."""
-    path = run / MEASURES
+    path = run / MEASURES_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the run is not finished")
     try:

@@ -18,14 +18,14 @@ from typing import Literal
 
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
 from es_engine.config.comparison import Setting
-from es_engine.run_folder import RunFolder, write_text
+from es_engine.run_folder import RunFolder, is_free, write_text
 from rewards.base import Example, Task
 
 Purpose = Literal["tuning", "final"]
 Stage = Literal["absent", "begun", "trained", "finished"]
 
-MEASURES = "measures.json"
-CONFIG = "comparison.yaml"
+MEASURES_FILE = "measures.json"
+CONFIG_FILE = "comparison.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Trial:
             return "absent"
         if not run.adapter.is_dir():  # the last thing that training leaves
             return "begun"
-        return "trained" if self.purpose == "final" and not (run.path / MEASURES).is_file() else "finished"
+        return "trained" if self.purpose == "final" and not (run.path / MEASURES_FILE).is_file() else "finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,12 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
 
     Raises ValueError if it holds another comparison, or something else.
     """
-    file = folder / CONFIG
+    file = folder / CONFIG_FILE
     if file.is_file():
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
         if load_comparison(file).model_copy(update=free) != comparison:
-            raise ValueError(f"{folder}: it holds another comparison (see {CONFIG} there); give another folder")
-    elif folder.exists() and any(path.name != f"{CONFIG}.partial" for path in folder.iterdir()):
+            raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")
+    elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
     write_text(file, dump_comparison(comparison))
 

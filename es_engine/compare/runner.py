@@ -7,6 +7,7 @@ with the run that was under way and repeats none.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from rich.console import Console
 
 from es_engine.compare.measures import Scores, write_measures
 from es_engine.compare.measuring import measure, measure_base
-from es_engine.compare.plan import Trial, check_splits, choose, final_trials, open_folder, pending, tuning_trials
+from es_engine.compare.plan import Trial, check_splits, choose, final_trials, open_folder, pending
+from es_engine.compare.progress import Progress
 from es_engine.compare.summary import summarise
-from es_engine.compare.tables import tables
+from es_engine.compare.tables import details, results, tables
 from es_engine.compare.writers import print_tables, write_results
-from es_engine.config import ComparisonConfig, Config
-from es_engine.config.base import in_yaml
+from es_engine.config import ComparisonConfig, Config, on_other_task
 from es_engine.past import Stages, present_stage, restore
 from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
@@ -41,25 +42,31 @@ def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> P
     if pending(comparison, folder):
         _run(comparison, folder)
     summary = summarise(comparison, folder)
-    shown = tables(summary)
     write_results(summary, folder)
     write_report(
-        folder / REPORT, _groups(comparison, folder), title=comparison.name, tables=shown, over=summary["measure"]
+        folder / REPORT,
+        _groups(comparison, folder),
+        title=comparison.name,
+        tables=results(summary),
+        details=details(summary),
+        over=summary["measure"],
     )
-    print_tables(shown, Console())
+    print_tables(tables(summary), Console())
     return folder
 
 
 def _run(comparison: ComparisonConfig, folder: Path) -> None:
     notices = Notices()
     first, *others = _every_config(comparison)
-    console = Console()
+    console, progress = Console(), Progress(comparison, folder)
     with Session(first, notices, others, gradients=True) as session:
         for trial in _until_done(comparison, folder):
-            console.print(_title(comparison, trial), markup=False, highlight=False)
+            console.print(progress.title(trial), markup=False, highlight=False)
+            started = time.monotonic()
             _train(session, trial, folder, notices)
             if trial.purpose == "final":
                 _measure(session, comparison, trial, folder)
+            progress.done(trial, time.monotonic() - started)
 
 
 def _until_done(comparison: ComparisonConfig, folder: Path) -> Iterator[Trial]:
@@ -70,18 +77,13 @@ def _until_done(comparison: ComparisonConfig, folder: Path) -> Iterator[Trial]:
 
 def _every_config(comparison: ComparisonConfig) -> list[Config]:
     """Everything that the pool may have to serve, apart from seeds."""
-    return [
+    stages = [
         stage
         for run in comparison.runs
         for number in range(1, 1 + len(comparison.settings(run)))
         for stage in comparison.trial(run, number).by_stage
     ]
-
-
-def _title(comparison: ComparisonConfig, trial: Trial) -> str:
-    place = len(tuning_trials(comparison)), len(comparison.runs) * len(comparison.seeds)
-    setting = ", ".join(f"{field} {in_yaml(value)}" for field, value in trial.setting.items())
-    return f"{trial.folder}{setting and ': '}{setting} ({place[0]} trials of grids, then {place[1]} final runs)"
+    return [*stages, *(on_other_task(stages[0], task) for task in comparison.other_tasks.values())]
 
 
 def _train(session: Session, trial: Trial, folder: Path, notices: Notices) -> None:

@@ -31,6 +31,8 @@ Array = npt.NDArray[np.float64]
 
 LEVEL = 0.95
 _LEAST_P = 1e-12
+_ROUNDING = 1e-12
+"""Means that differ by less of their size are equal: where no score differs, nothing else would hide their rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,9 @@ def share_interval(scores: Array, level: float = LEVEL) -> Interval:
 def difference(scores: Array, others: Array, level: float = LEVEL) -> Difference:
     """The mean of score tables (..., S, P) minus that of others (..., S', P) on the same problems; its p value is of
     the hypothesis that both methods score alike."""
-    mean, spread = scores.mean(axis=(-2, -1)) - others.mean(axis=(-2, -1)), _spread(scores, others)
+    one, other = scores.mean(axis=(-2, -1)), others.mean(axis=(-2, -1))
+    mean = np.where(np.isclose(one, other, rtol=_ROUNDING, atol=0), 0.0, one - other)
+    spread = _spread(scores, others)
     error = np.sqrt(spread.variance)
     half = spread.quantile((1 - level) / 2) * error
     return Difference(mean, mean - half, mean + half, _p_value(mean, error, spread))

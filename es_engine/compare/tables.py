@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from es_engine.compare.summary import LIMITS
 from es_engine.config.base import in_yaml
 from es_engine.report import Table
+from es_engine.report.data import AXES
 
 Data = Mapping[str, Any]
 Write = Callable[[float], str]
 
-NAMES = {
-    "generated": "generated tokens",
-    "processed": "processed tokens",
-    "flops": "FLOPs",
-    "worker_seconds": "worker seconds",
-    "steps": "steps",
-}
+NAMES = {measure: name[0].lower() + name[1:] for measure, name in AXES.items()}
 """What a run spends, in words."""
 NONE = "–"
 
 
 def tables(summary: Data) -> list[Table]:
     """All tables of a comparison; those that would be empty are left out."""
-    made = [
-        _results(summary, "accuracy"),
-        _results(summary, "reward"),
-        _pairs(summary),
+    return [*results(summary), *details(summary)]
+
+
+def results(summary: Data) -> list[Table]:
+    """What a comparison is made for: how good the runs became, and which of them differ."""
+    return _with_rows(_scores(summary, "accuracy"), _scores(summary, "reward"), _pairs(summary))
+
+
+def details(summary: Data) -> list[Table]:
+    """All other tables."""
+    return _with_rows(
         _samples(summary),
         _spent(summary),
         _thresholds(summary),
@@ -36,11 +39,14 @@ def tables(summary: Data) -> list[Table]:
         _rollouts(summary),
         *_other_tasks(summary),
         *_grids(summary),
-    ]
+    )
+
+
+def _with_rows(*made: Table) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _results(summary: Data, score: str) -> Table:
+def _scores(summary: Data, score: str) -> Table:
     seeds, problems = len(summary["seeds"]), summary["problems"]
     text = (
         f"Held-out {problems} problems, {_count(seeds, 'seed')}; each run ends at {_budget(summary['budget'])}. In "
@@ -106,7 +112,7 @@ def _spent(summary: Data) -> Table:
         [
             run,
             *(_amount(data["spent"][measure]["mean"]) for measure in NAMES),
-            _seconds(data["observed"]["seconds"]["mean"]),
+            str(timedelta(seconds=round(data["observed"]["seconds"]["mean"]))),
         ]
         for run, data in summary["runs"].items()
     ]
@@ -246,9 +252,3 @@ def _p_value(value: float | None) -> str:
     if value is None:
         return NONE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _seconds(value: float) -> str:
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -18,6 +18,7 @@ from es_engine.config.base import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    flat,
     in_yaml,
     problem,
 )
@@ -100,7 +101,7 @@ class ComparisonConfig(ConfigModel):
 
     def grid(self, run: str) -> dict[str, list[Any]]:
         """The values to try of each field of a run; empty where it has no grid."""
-        return dict(_leaves(self.runs[run].get("grid", {})))
+        return dict(flat(self.runs[run].get("grid", {})))
 
     def settings(self, run: str) -> list[Setting]:
         """Every combination of a run's grid, the last field's values changing first; without a grid, one of nothing."""
@@ -227,8 +228,12 @@ def dump_comparison(comparison: ComparisonConfig) -> str:
 
 
 def on_other_task(config: Config, task: TaskConfig) -> Config:
-    """The config with another task and the same model. Raises ConfigError where model or engine does not suit it."""
-    tree = config.model_dump(mode="json") | {"task": task.model_dump(mode="json")}
+    """The config with another task, and the same model and space, for its evaluation alone: the least population stands
+    in for the method, which need not suit that task. Raises ConfigError where model or engine does not suit it."""
+    tree = config.model_dump(mode="json") | {"task": task.model_dump(mode="json"), "method": {"population": 2}}
+    tree["stages"] = []
+    tree["space"]["units"] = config.units
+    tree["engine"]["chunk"] = 2
     if isinstance(config.model, TinyModelConfig):  # which would otherwise be taught the other task
         tree["model"]["lessons"] = config.lessons.model_dump(mode="json")
     return parse_config(tree)
@@ -255,7 +260,7 @@ def _whole_part(part: Any, where: str, folder: Path) -> Tree:
         raise ConfigError(f"{where}: got {in_yaml(part)}, accepted is {accepted}")
     own = with_absolute_paths({key: value for key, value in part.items() if key != "extends"}, folder)
     if isinstance(own.get("grid"), dict):
-        own["grid"] = {key: _with_absolute_values(key, values, folder) for key, values in _leaves(own["grid"])}
+        own["grid"] = {key: _with_absolute_values(key, values, folder) for key, values in flat(own["grid"])}
     parent = part.get("extends")
     if parent is None:
         return own
@@ -280,18 +285,9 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names of a mapping's innermost values, and the values."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _differences(config: Config, reference: Config) -> Iterator[tuple[str, Any, Any]]:
     """Where the shared fields of a config are not those of the other: the path and both values."""
-    mine, theirs = (dict(_leaves(each.model_dump(mode="json"))) for each in (config, reference))
+    mine, theirs = (dict(flat(each.model_dump(mode="json"))) for each in (config, reference))
     for path in chain(mine, theirs):
         shared = any(path == field or path.startswith(f"{field}.") for field in SHARED)
         if shared and mine.get(path) != theirs.get(path):

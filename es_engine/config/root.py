@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -63,6 +63,11 @@ class Config(AxesConfig):
         )
         config._place = f"stages.{number}."
         return config
+
+    @property
+    def units(self) -> Literal["weight", "raw"]:
+        """What theta is counted in."""
+        return self.space.units or ("weight" if self.method.kind == "es" else "raw")
 
     @property
     def lessons(self) -> LessonsTaskConfig:

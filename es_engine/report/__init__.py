@@ -2,13 +2,12 @@
 on."""
 
 from es_engine.report.data import RunData, RunGroup, find_runs, group_runs, read_run
-from es_engine.report.page import Table, build, write_report, write_run_report
+from es_engine.report.page import Table, write_report, write_run_report
 
 __all__ = [
     "RunData",
     "RunGroup",
     "Table",
-    "build",
     "find_runs",
     "group_runs",
     "read_run",

@@ -119,11 +119,12 @@ class RunReader:
                 self._steps.append(step_figures(line))
                 self._failures.update(_failures(line))
         text = self.folder.config_file.read_text()
+        config = yaml_text.parse(text, str(self.folder.config_file))
         steps = len(self._steps)
         return RunData(
-            name=self.folder.path.resolve().name,
+            name=_name(self.folder.path.resolve().name, config["name"]),
             path=self.folder.path,
-            config=yaml_text.parse(text, str(self.folder.config_file)),
+            config=config,
             config_text=text,
             finished=finished,
             figures=_columns(self._steps),
@@ -212,6 +213,12 @@ def _method_name(method: Mapping[str, Any]) -> str:
     return kind if variant in (kind, "reward") else f"{kind} ({variant})"
 
 
+def _name(folder: str, config: str) -> str:
+    """A run is called as its folder, and as its config where that says the same and more: in a comparison, whose run
+    `es-seed-1` is in a folder `es/seed-1`."""
+    return config if config.endswith(folder) else folder
+
+
 def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
@@ -235,7 +242,8 @@ def _common_name(runs: Sequence[RunData]) -> str:
     if len(runs) == 1:
         return runs[0].name
     without_seed = {re.sub(r"([-_. ]+s|[-_. ]*seed)?[-_. ]*\d+$", "", run.name) for run in runs}
-    return without_seed.pop() if len(without_seed) == 1 else runs[0].method
+    common = without_seed.pop() if len(without_seed) == 1 else ""
+    return common or runs[0].method
 
 
 def _with_different_labels(groups: Sequence[RunGroup]) -> list[RunGroup]:

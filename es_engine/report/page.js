@@ -487,26 +487,26 @@
     }
   }
 
-  function showTables() {
-    const place = byId("tables");
-    const headings = data.tables.map((table) => table.heading);
+  function showTables(place, tables) {
+    const headings = tables.map((table) => table.heading);
     const same = place.children.length === headings.length
       && [...place.children].every((section, number_) => section.dataset.heading === headings[number_]);
     if (!same) {
       place.replaceChildren(...headings.map((heading, number_) => el("section",
-        { "data-heading": heading, "aria-labelledby": `table-${number_}` },
-        el("h2", { id: `table-${number_}` }, visible(heading)), el("div"))));
+        { "data-heading": heading, "aria-labelledby": `${place.id}-${number_}` },
+        el("h2", { id: `${place.id}-${number_}` }, visible(heading)), el("div"))));
     }
-    data.tables.forEach((table, number_) => showTable(place.children[number_].lastElementChild, table));
+    tables.forEach((table, number_) => showTable(place.children[number_].lastElementChild, table));
   }
 
   function show() {
     byId("subtitle").textContent = data.subtitle;
     byId("problems").replaceChildren(...data.problems.map((problem) => el("p", {}, visible(problem))));
     showTable(byId("summary"), data.summary);
-    showTables();
+    showTables(byId("tables"), data.tables);
     showControls();
     showPlots();
+    showTables(byId("details"), data.details);
     if (state.drawnSamples !== data.samples_version) {
       state.drawnSamples = data.samples_version;
       showSampleControls();

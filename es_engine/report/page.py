@@ -51,13 +51,14 @@ def write_report(
     *,
     title: str,
     tables: Sequence[Table] = (),
+    details: Sequence[Table] = (),
     over: str | None = None,
     pngs: bool = True,
 ) -> None:
-    """Write the page and, beside it in STEM_plots, every plot as a PNG. `over` is the axis that is chosen first, and
-    that of the PNGs."""
+    """Write the page and, beside it in STEM_plots, every plot as a PNG. `tables` stand before the curves and `details`
+    after them; `over` is the axis that is chosen first, and that of the PNGs."""
     over = over or usual_axis(groups)
-    write_text(path, build(groups, title=title, tables=tables, over=over))
+    write_text(path, page(content(groups, title=title, tables=tables, details=details, over=over)))
     if pngs:
         from es_engine.report.png import write_pngs  # here, so that a run that only ends needs no matplotlib
 
@@ -71,16 +72,12 @@ def write_run_report(run: Path) -> Path:
     return path
 
 
-def build(groups: Sequence[RunGroup], *, title: str, tables: Sequence[Table] = (), over: str | None = None) -> str:
-    """The page as text."""
-    return page(content(groups, title=title, tables=tables, over=over))
-
-
 def content(
     groups: Sequence[RunGroup],
     *,
     title: str,
     tables: Sequence[Table] = (),
+    details: Sequence[Table] = (),
     over: str | None = None,
     problems: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -98,6 +95,7 @@ def content(
         "groups": [{"label": group.label, "runs": list(group.run_labels)} for group in groups],
         "summary": summary(groups).to_json(),
         "tables": [table.to_json() for table in tables],
+        "details": [table.to_json() for table in details],
         "plots": drawn,
         "arrays": arrays.lists,
         "failures": _failures(groups).to_json(),
