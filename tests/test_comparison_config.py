@@ -22,6 +22,7 @@ from es_engine.config import (
 )
 from es_engine.config.loading import merge, nested
 
+ROOT = Path(__file__).resolve().parent.parent
 GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
 
 
@@ -29,6 +30,11 @@ def refusal(**fields: Any) -> str:
     with pytest.raises(ConfigError) as error:
         comparison_of(**fields)
     return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/comparisons").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_load(path: Path) -> None:
+    assert load_comparison(path).name == path.stem
 
 
 def test_a_run_is_its_part_laid_over_the_shared_one() -> None:
