@@ -133,7 +133,7 @@ def first_difference(one: Path, other: Path) -> str | None:
     for number, (mine, theirs) in enumerate(zip(left, right, strict=False), start=1):
         if mine != theirs:
             step = f" (step {mine['step']})" if "step" in mine else ""
-            where, here, there = _innermost(mine, theirs)
+            where, here, there = innermost_difference(mine, theirs)
             return f"line {number}{step}: {where} is {_short(here)} in {one} and {_short(there)} in {other}"
     if len(left) != len(right):
         longer, extra = (one, len(left) - len(right)) if len(left) > len(right) else (other, len(right) - len(left))
@@ -141,14 +141,15 @@ def first_difference(one: Path, other: Path) -> str | None:
     return None
 
 
-def _innermost(mine: Any, theirs: Any, where: str = "") -> tuple[str, Any, Any]:
+def innermost_difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, Any, Any]:
     """The first place in two unequal values where they differ, such as `rewards[3][0]`, and what each has there."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        key = next(key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key))
-        return _innermost(mine.get(key), theirs.get(key), f"{where}.{key}" if where else key)
+        same = {key for key in mine.keys() & theirs.keys() if mine[key] == theirs[key]}
+        key = min((mine.keys() | theirs.keys()) - same)
+        return innermost_difference(mine.get(key), theirs.get(key), f"{where}.{key}" if where else key)
     if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
         place = next(place for place, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-        return _innermost(mine[place], theirs[place], f"{where}[{place}]")
+        return innermost_difference(mine[place], theirs[place], f"{where}[{place}]")
     return where, mine, theirs
 
 

@@ -13,7 +13,7 @@ import torch
 from es_engine.config import Config
 from es_engine.config.base import flat
 from es_engine.costs import Costs
-from es_engine.ledger import Ledger, Line, fingerprint, running_costs
+from es_engine.ledger import Ledger, Line, fingerprint, innermost_difference, running_costs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
 from es_engine.run_folder import RunFolder, write_folder
@@ -216,14 +216,13 @@ def header(stages: Stages, state: State) -> Line:
 
 def _check_header(stages: Stages, ledger: Ledger) -> None:
     """Raises ValueError, naming the difference, unless the ledger belongs to this config and this base model."""
-    expected = header(stages, beginning(stages[0]))
-    found = ledger.header
+    expected, found = header(stages, beginning(stages[0])), dict(flat(ledger.header))
     if found.get("kind") != "run":
         raise ValueError(f"{ledger.path}: the first line is not a run's")
     for key, value in flat(expected):
-        if dict(flat(found)).get(key) != value:
-            was = dict(flat(found)).get(key)
-            raise ValueError(f"{ledger.path}: {key} is {value} now, but was {was} when the run began; it cannot go on")
+        if found.get(key) != value:
+            where, now, was = innermost_difference(value, found.get(key), key)
+            raise ValueError(f"{ledger.path}: {where} is {now} now, but was {was} when the run began; it cannot go on")
 
 
 def _check_teacher(materials: Materials, ledger: Ledger) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -456,3 +457,9 @@ def test_engine_and_gradients_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked("release_gradients") == ["model.rest", "engine.wake"]
     assert evaluated() == ["engine.write_slots"]
     assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
+    # Another run: slots are written, which on a GPU must be in its memory then.
+    monkeypatch.setattr(actor, "_noise_cache_bytes", lambda _: 0)
+    worker._setup = SimpleNamespace(config=SimpleNamespace(task=None, seed=1), space=None)
+    assert asked("assign", worker._setup) == ["model.rest", "engine.wake", "engine.assign"]
+    assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
+    assert evaluated() == ["model.rest", "engine.wake", "engine.set_center", "engine.write_slots"]

@@ -220,10 +220,11 @@ def test_a_shorter_ledger_is_a_difference(tmp_path: Path, missing: int) -> None:
         assert found.startswith(f"{tmp_path / longer} has {missing} more line")
 
 
-def test_a_missing_key_is_a_difference_and_a_missing_ledger_an_error(tmp_path: Path) -> None:
-    found = compare(tmp_path, [{"kind": "run", "extra": 1}], [{"kind": "run"}])
+@pytest.mark.parametrize(("extra", "said"), [(1, "1"), (None, "null")])
+def test_a_missing_key_is_a_difference_and_a_missing_ledger_an_error(tmp_path: Path, extra: object, said: str) -> None:
+    found = compare(tmp_path, [{"kind": "run", "extra": extra}], [{"kind": "run"}])
     assert found is not None
-    assert "line 1: extra is 1" in found
+    assert f"line 1: extra is {said}" in found
     with pytest.raises(ValueError, match="no such ledger"):
         first_difference(tmp_path / "one", tmp_path / "nowhere")
 

@@ -180,6 +180,16 @@ def test_steps_of_es_are_replayed_from_where_gradients_have_left_theta(undisturb
         past.replay(run, 1)
 
 
+def test_a_stage_that_has_changed_since_is_named(undisturbed: Path, config: Config) -> None:
+    data = config.model_dump(mode="json")
+    data["stages"][3]["method"]["prompts"] = 3
+    sentence = (
+        r"ledger\.jsonl: config\.stages\[3\]\.method\.prompts is 3 now, but was 4 when the run began; it cannot go on$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        past.restore(past.Stages(parse_config(data)), RunFolder(undisturbed), ledger_of(undisturbed))
+
+
 # Configs
 
 
