@@ -1,8 +1,8 @@
 """A long run with a worker killed (kill -9) again and again: does anything grow?
 
-Simulated workers, one a process, under the real driver and pool on a local Ray cluster. As the run goes on, the driver's
-memory, its open files, the processes that it and Ray have started, and the Ray objects that it holds are counted, and
-the second half of the run is held against the first: the bounds are stated in `BOUNDS`.
+Simulated workers, one a process, under the real driver and pool on a local Ray cluster. As the run goes on, the memory
+and the open files of the driver, the processes that it and Ray have started, and the Ray objects that it holds are
+counted, and the last third of the run is held against the middle one: by how much it may be above is in `BOUNDS`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ def main() -> None:
     third = len(samples) // 3
     rows: list[Row] = []
     for name, bound in BOUNDS.items():
-        middle, last = (
-            statistics.median(each[name] for each in part)
-            for part in (samples[third : 2 * third], samples[2 * third :])
-        )
+        parts = samples[third : 2 * third], samples[2 * third :]
+        middle, last = (statistics.median(each[name] for each in part) for part in parts)
         within = "yes" if last - middle <= bound else "NO"
         rows.append({"what": name, "middle third": middle, "last third": last, "bound": bound, "within": within})
     report(f"{generations} generations, {kills} workers killed, {restarts} replaced", rows, given)

@@ -169,6 +169,7 @@ def test_all_workers_killed_at_once(
     suffered("kill -9 of all workers at once", 1, run)
 
 
+@pytest.mark.chaos
 def test_a_stopped_worker_is_replaced_by_the_watchdog(
     nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
 ) -> None:
