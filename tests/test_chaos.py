@@ -81,11 +81,13 @@ class Nodes:
         self._cluster.remove_node(self.workers.pop(), allow_graceful=False)
 
     def shape(self, nodes: int) -> None:
-        """Have so many worker nodes, of two CPUs each."""
+        """Have so many worker nodes, of two CPUs each if they are new, and no others that Ray takes for alive."""
         while len(self.workers) < nodes:
             self.join()
         while len(self.workers) > nodes:
             self.lose()
+        while len(pool.living_nodes()) != 1 + nodes:
+            time.sleep(0.1)
 
     def close(self) -> None:
         ray.shutdown()
