@@ -3,7 +3,7 @@
 .PHONY: help setup demo compare test chaos bench lint lock clean
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-BENCHMARKS := noise update swap scoring rollouts generation scaling gradient trl_curves
+BENCHMARKS := noise update swap scoring rollouts generation scaling gradient trl_curves soak
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8

@@ -81,11 +81,13 @@ class Nodes:
         self._cluster.remove_node(self.workers.pop(), allow_graceful=False)
 
     def shape(self, nodes: int) -> None:
-        """Have so many worker nodes, of two CPUs each."""
+        """Have so many worker nodes, of two CPUs each if they are new, and no others that Ray takes for alive."""
         while len(self.workers) < nodes:
             self.join()
         while len(self.workers) > nodes:
             self.lose()
+        while len(pool.living_nodes()) != 1 + nodes:
+            time.sleep(0.1)
 
     def close(self) -> None:
         ray.shutdown()
@@ -169,6 +171,7 @@ def test_all_workers_killed_at_once(
     suffered("kill -9 of all workers at once", 1, run)
 
 
+@pytest.mark.chaos
 def test_a_stopped_worker_is_replaced_by_the_watchdog(
     nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None]
 ) -> None:
