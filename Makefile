@@ -17,7 +17,7 @@ demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under r
 	$(BIN)/es-engine train configs/countdown_smollm2.yaml --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 compare: $(INSTALLED)  ## compare ES, GRPO and SFT on the tiny model: five minutes; begun again, it goes on
-	$(BIN)/es-engine compare configs/compare_tiny.yaml --dir runs/compare_tiny
+	$(BIN)/es-engine compare configs/comparisons/tiny.yaml --dir runs/compare_tiny
 
 test: lint  ## lint, then every test
 	scripts/chromium.sh

@@ -26,7 +26,7 @@ from es_engine.compare.outcome import read_outcome
 from es_engine.compare.plan import MEASURES_FILE, Trial, pending
 from es_engine.compare.statistics import difference, share_interval
 from es_engine.compare.summary import summarise
-from es_engine.compare.tables import Table, tables
+from es_engine.compare.tables import Table, number, tables
 from es_engine.compare.writers import as_markdown, print_tables, write_results
 from es_engine.config import ComparisonConfig
 from es_engine.costs import Costs
@@ -88,6 +88,7 @@ def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
 
 
 def test_figures_come_with_intervals_over_seeds_and_problems(summary: dict[str, Any], folder: Path) -> None:
+    assert [data["method"] for data in summary["runs"].values()] == ["es", "grpo (dapo)"]
     es = summary["runs"]["es"]["figures"]
     scores = np.stack([curve(trial)[-1] for trial in _finals(folder, "es")])
     expected = share_interval(scores)
@@ -172,9 +173,9 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
     assert all(len(row) == len(table.columns) for table in made.values() for row in table.rows)
     spent = made["What the runs spent"]
     assert "ends after the step that reaches 4,000 generated tokens" in spent.text
-    assert spent.rows[0] == ["es", "4,000", "20,000", "4e+09", "8", "4", "0:00:08"]
-    assert made["Grid: es"].rows[0] == ["1", "3.0", "0.500", "0.750", "chosen"]
-    assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", "–"]
+    assert spent.rows[0] == ["es", 4000, 20_000, 4e9, 8, 4, "0:00:08"]
+    assert made["Grid: es"].rows[0] == [1, "3.0", 0.5, 0.75, "chosen"]
+    assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", None]
 
 
 def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
@@ -184,11 +185,22 @@ def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
     assert "[" not in tables(summary)[0].rows[0][3]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0, "0"), (-2.0, "-2"), (0.25, "0.25"), (0.12345, "0.1235"), (0.0001234, "1.2e-04"), (110_908.5, "110,909")),
+        *((999_999, "999,999"), (1e6, "1M"), (6.796e11, "679.6G"), (2e18, "2E"), (None, "–")),
+    ],
+)
+def test_numbers_are_written_as_the_page_writes_them(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
 def test_tables_survive_markdown_and_terminals() -> None:
-    table = Table("Odd", "Text.", ["run", "a|b"], [["[red]x[/]", "1\n2"]])
+    table = Table("Odd", "Text.", ["run", "a|b"], [["[red]x[/]", "1\n2"], ["y", 1234.5], ["z", None]])
     assert (
         as_markdown("name", [table])
-        == "# name\n\n## Odd\n\nText.\n\n| run | a\\|b |\n| --- | ---: |\n| [red]x[/] | 1 2 |\n"
+        == "# name\n\n## Odd\n\nText.\n\n| run | a\\|b |\n| --- | ---: |\n| [red]x[/] | 1 2 |\n| y | 1,235 |\n| z | – |\n"
     )
     console = Console(width=60, record=True, file=io.StringIO())
     print_tables([table], console)

@@ -22,6 +22,7 @@ from es_engine.config import (
 )
 from es_engine.config.loading import merge, nested
 
+ROOT = Path(__file__).resolve().parent.parent
 ADAM = {"kind": "adam", "lr": 1e-4}
 GRPO = {"method": {"kind": "grpo"}, "optimizer": {"kind": "adam"}}
 
@@ -30,6 +31,11 @@ def refusal(**fields: Any) -> str:
     with pytest.raises(ConfigError) as error:
         comparison_of(**fields)
     return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/comparisons").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_load(path: Path) -> None:
+    assert load_comparison(path).name == path.stem
 
 
 def test_a_run_is_its_part_laid_over_the_shared_one() -> None:
@@ -158,9 +164,8 @@ def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:
 
 
 def test_the_comparison_of_the_docs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[1]
-    monkeypatch.chdir(root)
-    text = (root / "docs/compare.md").read_text()
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/compare.md").read_text()
     (tmp_path / "comparison.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     comparison = load_comparison(tmp_path / "comparison.yaml")
     assert {run: len(comparison.settings(run)) for run in comparison.runs} == {"es": 4, "grpo": 4, "sft": 4}

@@ -37,7 +37,7 @@ from es_engine.config.reflection import models_of
 from rewards.countdown import WEIGHTS, Countdown
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("countdown_smollm2", "countdown_tiny", "countdown_qwen2.5-3b")
+SHIPPED = ("countdown_smollm2", "countdown_tiny", "countdown_qwen2.5-3b", "sudoku_tiny")
 SMALL: dict[str, Any] = {
     "name": "small",
     "model": {"source": "org/model"},
