@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from rich.console import Console
-from run_folders import comparison_of, finish, made_up_measures, write_run
+from run_folders import SHARED, comparison_of, finish, made_up_measures, write_run
 
 from es_engine.compare.measures import (
     BeforeAndAfter,
     Measures,
+    SampledEvaluation,
     Scores,
     correct_counts,
     read_measures,
@@ -183,6 +185,37 @@ def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
     assert summary["runs"]["es"]["figures"]["accuracy_final"]["low"] is None
     assert (summary["pairs"][0]["p"], summary["pairs"][0]["p_holm"]) == (None, None)
     assert "[" not in tables(summary)[0].rows[0][3]
+
+
+def little(folder: Path, accuracy: float, rewards: Sequence[float]) -> dict[str, Any]:
+    """The summary of a comparison in which every problem has this accuracy, and these rewards one after the other."""
+    run = {**SHARED, "evaluation": {"problems": len(rewards), "every": 2}}
+    comparison = comparison_of(run=run, runs={"es": {}, "again": {}}, seeds=[1, 2], thresholds=[0.5])
+    measures = made_up_measures(len(rewards))
+    if np.isnan(accuracy):
+        measures = measures.model_copy(update={"sampled": SampledEvaluation(samples=4, temperature=1.0, correct=None)})
+    shape = (3, len(rewards))
+    for trial in pending(comparison, folder):
+        finish(trial, folder, np.full(shape, accuracy), np.broadcast_to(rewards, shape), measures)
+    found = summarise(comparison, folder)
+    write_results(found, folder)
+    return found
+
+
+def test_a_single_problem_shows_no_spread(tmp_path: Path) -> None:
+    found = little(tmp_path, 1.0, [0.3])
+    reward = found["runs"]["es"]["figures"]["reward_final"]
+    assert (reward["mean"], reward["low"], found["pairs"][0]["p"]) == (0.3, None, None)
+
+
+def test_runs_without_verdicts_are_compared_by_rewards_of_those_that_have_one(tmp_path: Path) -> None:
+    found = little(tmp_path, np.nan, [0.1, np.nan, 0.1, 0.4])
+    figures = found["runs"]["es"]["figures"]
+    assert {name.split("_")[0] for name in figures} == {"reward"}
+    assert figures["reward_final"]["mean"] == pytest.approx(0.2)
+    assert [(pair["figure"], pair["difference"], pair["p"]) for pair in found["pairs"]] == [("reward_final", 0, 1)]
+    assert found["runs"]["es"]["thresholds"][0]["costs"]["steps"] is None
+    assert tables(found)[0].heading == "Held-out reward"
 
 
 @pytest.mark.parametrize(
