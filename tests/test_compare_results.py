@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from rich.console import Console
-from run_folders import comparison_of, finish, made_up_measures, write_run
+from run_folders import SHARED, comparison_of, finish, made_up_measures, write_run
 
 from es_engine.compare.measures import (
     BeforeAndAfter,
     Measures,
+    SampledEvaluation,
     Scores,
     correct_counts,
     read_measures,
@@ -26,7 +28,7 @@ from es_engine.compare.outcome import read_outcome
 from es_engine.compare.plan import MEASURES_FILE, Trial, pending
 from es_engine.compare.statistics import difference, share_interval
 from es_engine.compare.summary import summarise
-from es_engine.compare.tables import Table, tables
+from es_engine.compare.tables import Table, number, tables
 from es_engine.compare.writers import as_markdown, print_tables, write_results
 from es_engine.config import ComparisonConfig
 from es_engine.costs import Costs
@@ -88,6 +90,7 @@ def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
 
 
 def test_figures_come_with_intervals_over_seeds_and_problems(summary: dict[str, Any], folder: Path) -> None:
+    assert [data["method"] for data in summary["runs"].values()] == ["es", "grpo (dapo)"]
     es = summary["runs"]["es"]["figures"]
     scores = np.stack([curve(trial)[-1] for trial in _finals(folder, "es")])
     expected = share_interval(scores)
@@ -172,9 +175,9 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
     assert all(len(row) == len(table.columns) for table in made.values() for row in table.rows)
     spent = made["What the runs spent"]
     assert "ends after the step that reaches 4,000 generated tokens" in spent.text
-    assert spent.rows[0] == ["es", "4,000", "20,000", "4e+09", "8", "4", "0:00:08"]
-    assert made["Grid: es"].rows[0] == ["1", "3.0", "0.500", "0.750", "chosen"]
-    assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", "–"]
+    assert spent.rows[0] == ["es", 4000, 20_000, 4e9, 8, 4, "0:00:08"]
+    assert made["Grid: es"].rows[0] == [1, "3.0", 0.5, 0.75, "chosen"]
+    assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", None]
 
 
 def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
@@ -184,12 +187,52 @@ def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
     assert "[" not in tables(summary)[0].rows[0][3]
 
 
+def little(folder: Path, accuracy: float, rewards: Sequence[float]) -> dict[str, Any]:
+    """The summary of a comparison in which every problem has this accuracy, and these rewards one after the other."""
+    run = {**SHARED, "evaluation": {"problems": len(rewards), "every": 2}}
+    comparison = comparison_of(run=run, runs={"es": {}, "again": {}}, seeds=[1, 2], thresholds=[0.5])
+    measures = made_up_measures(len(rewards))
+    if np.isnan(accuracy):
+        measures = measures.model_copy(update={"sampled": SampledEvaluation(samples=4, temperature=1.0, correct=None)})
+    shape = (3, len(rewards))
+    for trial in pending(comparison, folder):
+        finish(trial, folder, np.full(shape, accuracy), np.broadcast_to(rewards, shape), measures)
+    found = summarise(comparison, folder)
+    write_results(found, folder)
+    return found
+
+
+def test_a_single_problem_shows_no_spread(tmp_path: Path) -> None:
+    found = little(tmp_path, 1.0, [0.3])
+    reward = found["runs"]["es"]["figures"]["reward_final"]
+    assert (reward["mean"], reward["low"], found["pairs"][0]["p"]) == (0.3, None, None)
+
+
+def test_runs_without_verdicts_are_compared_by_rewards_of_those_that_have_one(tmp_path: Path) -> None:
+    found = little(tmp_path, np.nan, [0.1, np.nan, 0.1, 0.4])
+    figures = found["runs"]["es"]["figures"]
+    assert {name.split("_")[0] for name in figures} == {"reward"}
+    assert figures["reward_final"]["mean"] == pytest.approx(0.2)
+    assert [(pair["figure"], pair["difference"], pair["p"]) for pair in found["pairs"]] == [("reward_final", 0, 1)]
+    assert found["runs"]["es"]["thresholds"][0]["costs"]["steps"] is None
+    assert tables(found)[0].heading == "Held-out reward"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0, "0"), (-2.0, "-2"), (0.25, "0.25"), (0.12345, "0.1235"), (0.0001234, "1.2e-04"), (110_908.5, "110,909")),
+        *((999_999, "999,999"), (1e6, "1M"), (6.796e11, "679.6G"), (2e18, "2E"), (None, "–")),
+    ],
+)
+def test_numbers_are_written_as_the_page_writes_them(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
 def test_tables_survive_markdown_and_terminals() -> None:
-    table = Table("Odd", "Text.", ["run", "a|b"], [["[red]x[/]", "1\n2"]])
-    assert (
-        as_markdown("name", [table])
-        == "# name\n\n## Odd\n\nText.\n\n| run | a\\|b |\n| --- | ---: |\n| [red]x[/] | 1 2 |\n"
-    )
+    table = Table("Odd", "Text.", ["run", "a|b"], [["[red]x[/]", "1\n2"], ["y", 1234.5], ["z", None]])
+    rows = "| [red]x[/] | 1 2 |\n| y | 1,235 |\n| z | – |\n"
+    assert as_markdown("name", [table]) == f"# name\n\n## Odd\n\nText.\n\n| run | a\\|b |\n| --- | ---: |\n{rows}"
     console = Console(width=60, record=True, file=io.StringIO())
     print_tables([table], console)
     assert "[red]x[/]" in console.export_text()

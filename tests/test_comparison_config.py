@@ -164,9 +164,8 @@ def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:
 
 
 def test_the_comparison_of_the_docs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[1]
-    monkeypatch.chdir(root)
-    text = (root / "docs/compare.md").read_text()
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/compare.md").read_text()
     (tmp_path / "comparison.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     comparison = load_comparison(tmp_path / "comparison.yaml")
     assert {run: len(comparison.settings(run)) for run in comparison.runs} == {"es": 4, "grpo": 4, "sft": 4}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ from es_engine.compare.statistics import (
     share_interval,
 )
 from es_engine.config import ComparisonConfig
+from es_engine.costs import Measure
 from es_engine.evaluation import pass_at_k
+from es_engine.report.data import method_name
 
 Array = npt.NDArray[np.float64]
 Data = dict[str, Any]
@@ -74,18 +76,17 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
 
 def _run_data(comparison: ComparisonConfig, run: str, outcomes: Sequence[Outcome], tables: Mapping[str, Array]) -> Data:
     trial = outcomes[0].trial
-    evaluating = {
-        name: [each.evaluating.to_json()[name] for each in outcomes] for name in LIMITS.values() if name != "steps"
-    }
     return {
-        "method": trial.config.method.kind,
+        "method": method_name(trial.config.model_dump(mode="json")),
         "trial": trial.number,
         "setting": trial.setting,
         "own_budget": comparison.runs[run].get("budget", {}),
         "figures": {name: _interval(table, _kind_of_interval(name)) for name, table in tables.items()},
         "observed": _observed(outcomes),
         "spent": {measure: _range([_costs(each, measure)[-1] for each in outcomes]) for measure in MEASURES},
-        "evaluating": {name: _range(values) for name, values in evaluating.items()},
+        "evaluating": {
+            name: _range([getattr(each.evaluating, name) for each in outcomes]) for name in get_args(Measure)
+        },
         "thresholds": _thresholds(outcomes, comparison.thresholds),
         "other_tasks": {name: _other_task(outcomes, name) for name in comparison.other_tasks},
         "curves": [_curve(each) for each in outcomes],

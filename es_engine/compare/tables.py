@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from es_engine.compare.summary import LIMITS
 from es_engine.config.base import in_yaml
-from es_engine.report import Table
+from es_engine.report import Cell, Table
 from es_engine.report.data import AXES
 
 Data = Mapping[str, Any]
@@ -108,10 +109,10 @@ def _spent(summary: Data) -> Table:
         f"Each run ends after the step that reaches {', '.join([_budget(summary['budget']), *own])}. What its "
         "steps spent in all measures, evaluations and tuning apart, and how long they took; means over seeds."
     )
-    rows = [
+    rows: list[list[Cell]] = [
         [
             run,
-            *(_amount(data["spent"][measure]["mean"]) for measure in NAMES),
+            *(data["spent"][measure]["mean"] for measure in NAMES),
             str(timedelta(seconds=round(data["observed"]["seconds"]["mean"]))),
         ]
         for run, data in summary["runs"].items()
@@ -124,12 +125,12 @@ def _thresholds(summary: Data) -> Table:
         "What had been spent when held-out accuracy first reached a threshold, on straight lines between evaluations: "
         "the median over seeds, in which one that never got there counts as more than any other."
     )
-    rows = [
+    rows: list[list[Cell]] = [
         [
             run,
-            f"{each['accuracy']:g}",
+            each["accuracy"],
             f"{each['reached']} of {len(summary['seeds'])}",
-            *(_amount(each["costs"][measure]) for measure in NAMES),
+            *(each["costs"][measure] for measure in NAMES),
         ]
         for run, data in summary["runs"].items()
         for each in data["thresholds"]
@@ -191,12 +192,12 @@ def _grids(summary: Data) -> list[Table]:
             "runs."
         )
         settings = list(trials[0]["setting"])
-        rows = [
+        rows: list[list[Cell]] = [
             [
-                str(trial["trial"]),
+                trial["trial"],
                 *(in_yaml(trial["setting"][name]) for name in settings),
-                _figure(trial["reward"]),
-                _figure(trial["accuracy"]),
+                trial["reward"],
+                trial["accuracy"],
                 "chosen" if trial["chosen"] else "",
             ]
             for trial in trials
@@ -205,8 +206,21 @@ def _grids(summary: Data) -> list[Table]:
     return made
 
 
+def number(value: float | None) -> str:
+    """A number as the page writes it: whole where it is or is large, and very large by its power of a thousand."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    if size >= 1e6:
+        power = min(6, int(math.log10(size) / 3))
+        return f"{value / 1000**power:.4g}{' kMGTPE'[power]}"
+    if value == int(value) or size >= 1000:
+        return f"{math.floor(value + 0.5):,}"
+    return f"{value:.1e}" if size < 1e-3 else f"{value:.4g}"
+
+
 def _budget(budget: Mapping[str, float]) -> str:
-    return " or ".join(f"{_amount(value)} {NAMES[LIMITS[name]]}" for name, value in budget.items())
+    return " or ".join(f"{number(value)} {NAMES[LIMITS[name]]}" for name, value in budget.items())
 
 
 def _count(number: int, name: str) -> str:
@@ -229,23 +243,12 @@ def _range(found: Data, write: Write) -> str:
     return f"{write(found['mean'])} ({write(found['least'])} to {write(found['most'])})"
 
 
-def _figure(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"
-
-
 def _digits(value: float) -> str:
     return f"{value:.3g}"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
-
-
-def _amount(value: float | None) -> str:
-    """Whole numbers with separators, and large ones by their power of ten."""
-    if value is None:
-        return NONE
-    return f"{value:,.0f}" if abs(value) < 1e9 and value >= 100 else f"{value:.3g}"
 
 
 def _p_value(value: float | None) -> str:

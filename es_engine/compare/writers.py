@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from es_engine.compare.tables import NAMES, tables
-from es_engine.report.page import Cell, Table
+from es_engine.compare.tables import NAMES, number, tables
+from es_engine.report import Cell, Table
 from es_engine.run_folder import write_text
 
 Data = Mapping[str, Any]
@@ -77,7 +77,7 @@ def _cell(value: Cell) -> str:
 
 
 def _text(value: Cell) -> str:
-    return "" if value is None else str(value)
+    return value if isinstance(value, str) else number(value)
 
 
 def print_tables(those: Sequence[Table], console: Console) -> None:

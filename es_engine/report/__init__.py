@@ -2,9 +2,10 @@
 on."""
 
 from es_engine.report.data import RunData, RunGroup, find_runs, group_runs, read_run
-from es_engine.report.page import Table, write_report, write_run_report
+from es_engine.report.page import Cell, Table, write_report, write_run_report
 
 __all__ = [
+    "Cell",
     "RunData",
     "RunGroup",
     "Table",

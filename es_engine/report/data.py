@@ -65,8 +65,7 @@ class RunData:
     @property
     def method(self) -> str:
         """The method, or those of the stages, with their variants."""
-        stages = self.config.get("stages") or [self.config]
-        return " → ".join(_method_name(stage.get("method") or {}) for stage in stages)
+        return method_name(self.config)
 
     @property
     def seed(self) -> int:
@@ -207,7 +206,13 @@ def population(fitness: Sequence[Sequence[float | None]]) -> dict[str, float]:
     return dict(zip(QUANTILES, np.quantile(means, list(QUANTILES.values())), strict=True))
 
 
-def _method_name(method: Mapping[str, Any]) -> str:
+def method_name(config: Mapping[str, Any]) -> str:
+    """A config's method, or those of its stages, with their variants."""
+    stages = config.get("stages") or [config]
+    return " → ".join(_variant(stage.get("method") or {}) for stage in stages)
+
+
+def _variant(method: Mapping[str, Any]) -> str:
     kind = str(method.get("kind", "es"))
     variant = method.get("loss", method.get("fitness", "reward"))
     return kind if variant in (kind, "reward") else f"{kind} ({variant})"

@@ -57,7 +57,8 @@ def _held_out(groups: Sequence[RunGroup]) -> Plot:
         "held-out",
         "Held-out evaluation",
         "The center on held-out problems, before the first step and on the way. The band of a single run is the 95% "
-        "interval over problems; that of several seeds runs from the lowest to the highest.",
+        "interval over problems; that of several seeds runs from the lowest to the highest. A run that spends nothing "
+        "of the budget stands upright at 0.",
         _variants(
             _evaluated(groups, "accuracy", "accuracy", "Held-out accuracy", share=True),
             _evaluated(groups, "reward", "reward", "Held-out reward"),
