@@ -218,8 +218,8 @@ def _evaluate_if_due(
     write_json_lines(folder.samples_file(state.step), evaluation.samples)
     if _is_best(line, evaluations.lines):
         save_adapter(session.materials, state.theta, folder.best)
-    if state.step:
-        checkpoint(folder, ledger, state, config)
+    if state.step and isinstance(session.materials.method, EvolutionStrategies):
+        checkpoint(folder, ledger, state, config)  # as other methods do at each step
     evaluations.append(line)
     telemetry.evaluation({**line, "seconds": seconds})
 

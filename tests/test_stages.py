@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_a_run_that_ends_anywhere_resumes_to_the_same_ledger(
         with pytest.raises(Killed):
             train_here(config, run)
     assert len(ledger_of(run).stages) == stage + (instant != "before its line")
+    assert_same_run(resume_here(run), undisturbed)
+
+
+def test_a_step_that_is_done_is_in_a_whole_checkpoint_at_every_instant(
+    undisturbed: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stage with gradients, whose last step is evaluated too."""
+    run = tmp_path / "run"
+
+    def done_and_between_two_names(path: Path, _: object) -> bool:
+        return path.name == f"step-{STEPS:06d}.partial" and len(ledger_of(run).generations) == STEPS
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        killed_by(patched, Path, "rename", done_and_between_two_names)
+        train_here(config, run)
     assert_same_run(resume_here(run), undisturbed)
 
 
