@@ -73,7 +73,7 @@
   }
 
   function tableOf(columns, rows, name) {
-    const numeric = columns.map((_, place) => rows.some((row) => typeof row[place] === "number")
+    const numeric = columns.map((_, place) => place > 0 && rows.some((row) => typeof row[place] === "number")
       && rows.every((row) => typeof row[place] !== "string"));
     const head = el("tr", {}, ...columns.map((column, place) =>
       el("th", { scope: "col", class: numeric[place] ? "number" : "text" }, visible(column))));
