@@ -100,7 +100,7 @@ def test_status_tells_running_stopped_finished_and_unreadable_runs_apart(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files, "only read"
     with locked(run):
         running = read_status(run)
-        table = CliRunner().invoke(cli.app, ["runs", str(tmp_path)], env={"COLUMNS": "300"}).output
+        table = CliRunner().invoke(cli.app, ["runs", str(tmp_path)], env={"COLUMNS": "1000"}).output
     assert running.state == "running"
     assert running.eta_seconds == pytest.approx(6 * 2.0)
     first, second = table.splitlines()[1:]
