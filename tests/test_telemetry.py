@@ -443,6 +443,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
         if (left := -place % 32768) and left < 7:
             place += left
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):
+            return  # still being written
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
