@@ -52,13 +52,12 @@ def train(
     chosen = load_config(config, overrides or [])  # first, so that a slip in it is told at once
     from es_engine.trainer import train as start
 
-    end = start(chosen, run_dir).summary
     if summary:
         from es_engine.submit import summary_line
 
-        typer.echo(summary_line(end))
+        typer.echo(summary_line(start(chosen, run_dir).summary))
     else:
-        _show_end(end)
+        _show_end(start(chosen, run_dir).summary)
 
 
 @app.command()
