@@ -19,7 +19,7 @@ from es_engine.config.yaml_text import parse
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/countdown_tiny.yaml"
 FIGURES = {"step": 3, "reward": 0.5, "accuracy": 0.25, "accuracy_ci95": [0.1, 0.4]}
-SUMMARY = {"run": "/root/runs/tiny", "steps": 3, "before": FIGURES, "after": FIGURES}
+SUMMARY = {"run": "runs/tiny", "steps": 3, "before": FIGURES, "after": FIGURES}
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_the_log_is_followed_once_though_connections_break_and_the_end_is_shown(
     broken = [line for line in lines if line.startswith("es-engine: the log broke off (")]
     assert len(broken) == 2
     assert [line for line in lines if line not in broken][:3] == ["job: raysubmit_1", "generation 1", "generation 2"]
-    assert lines[-3] == "run: /root/runs/tiny"
+    assert lines[-3] == "run: runs/tiny"
     assert ["before", "0.500", "0.250", "0.100", "to", "0.400"] in [line.split() for line in lines]
 
 
