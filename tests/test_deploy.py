@@ -7,7 +7,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -264,7 +266,7 @@ def stand_ins(tmp_path: Path) -> Path:
     folder.mkdir()
     record = f'echo "$(basename "$0") $*" >> {tmp_path}/calls\n'
     programs = {
-        "scontrol": '[ "$1" = show ] && printf "node1\\nnode2\\n"; true\n',
+        "scontrol": '[ "$1" != show ] || printf "node%s\\n" $(seq 20000)\n',  # more than a pipe holds
         "srun": "exec sleep 30\n",
         "ray": '[ "$1" = health-check ] || exec sleep 30\n',
         "python": "echo secret\n",
@@ -310,6 +312,19 @@ def test_the_slurm_script_trains_on_all_its_nodes(stand_ins: Path) -> None:
     assert calls(stand_ins, "python")[-1] == "deploy/wait_for_nodes.py 2"
     assert calls(stand_ins, "es-engine") == ["train c.yaml --run-dir runs/x --set pool.address=auto"]
     assert calls(stand_ins, "scontrol") == ["show hostnames node[1-2]"]
+
+
+def test_the_slurm_script_is_queued_again_when_its_time_is_up(stand_ins: Path) -> None:
+    job = slurm_job(stand_ins, HANG="1")
+    deadline = time.monotonic() + 30
+    while not (stand_ins.parent / "calls").exists() or not calls(stand_ins, "es-engine"):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)  # the trap of the stand-in
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 130
+    assert calls(stand_ins, "scontrol")[-1] == "requeue 12345"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
