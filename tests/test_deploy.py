@@ -321,7 +321,7 @@ def test_the_slurm_script_is_queued_again_when_its_time_is_up(stand_ins: Path) -
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)  # the trap of the stand-in
+    time.sleep(2)  # the traps of the script and of the stand-in
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == 130
     assert calls(stand_ins, "scontrol")[-1] == "requeue 12345"
