@@ -30,6 +30,7 @@ KINDS: dict[Kind, str] = {
     "files": "a member at a time: adapter saved to files, loaded by a LoRARequest",
     "merged": "a member at a time: merged into the weights of a bare engine",
 }
+LEGEND = "\n".join(f"{kind}: {what}" for kind, what in KINDS.items())
 RUN_SEED, SIGMA, ALPHA = 1, 0.03, 32
 FOLDERS = 64
 """Adapter files that are there at the same time."""

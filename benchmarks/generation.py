@@ -5,7 +5,7 @@ one generation's end to the next one's. What a worker does for the next chunk wh
 writing slots, is part of "generate", whose core it shares; `swap.py` says what it takes. The second has the ways take
 turns, each in a process of its own on one thread of the same core, at the same members, prompts and verifier; the
 public ways bring in, ask and score a member at a time, and draw the noise again for the update. Its engines are set up
-as in `rollouts.py`. The short form has fewer prompts and rounds.
+as in `rollouts.py`. The short form has fewer prompts and rounds, and tries the ways with the tiny model alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines import KINDS, Engine, Kind, Setup
+from engines import LEGEND, Engine, Kind, Setup
 from harness import Row, draw_bars, options, report, take_turns
 from rollouts import MODELS, Model
 
@@ -42,10 +42,12 @@ def main() -> None:
     split = [row for model in MODELS for row in phases(model, prompts, repeats)]
     report(f"One worker's generation of {MEMBERS} members x {prompts} prompts, by phase", split, given)
     others = replace(given, json=given.json and given.json.with_stem(f"{given.json.stem}-ways"))
-    rows = [row for model in MODELS for row in ways(model, prompts, repeats)]
+    models = MODELS[-1:] if given.short else MODELS
+    rows = [row for model in models for row in ways(model, prompts, repeats)]
     report("The same generation, by way", rows, others)
+    print(LEGEND)
     if given.plot is not None:
-        bars = {model.name: {r["way"]: r["over ours"] for r in rows if r["model"] == model.name} for model in MODELS}
+        bars = {model.name: {r["way"]: r["over ours"] for r in rows if r["model"] == model.name} for model in models}
         draw_bars(given.plot, f"A generation of {MEMBERS} members x {prompts} prompts", "time over ours", bars)
 
 
@@ -123,7 +125,6 @@ def ways(model: Model, prompts: int, repeats: int) -> list[Row]:
                 "seconds": timings[kind].median,
                 "over ours": ratio.median,
                 "quartiles": f"{low:.2f} to {high:.2f}",
-                "what": KINDS[kind],
             }
         )
     return rows

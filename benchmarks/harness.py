@@ -164,7 +164,7 @@ def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Any]:
     axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engines import KINDS, Engine, Kind, Load, Setup
+from engines import LEGEND, Engine, Kind, Load, Setup
 from harness import Options, Row, Timing, draw, options, report, take_turns
 
 from es_engine import load_config
@@ -55,7 +55,7 @@ MODELS = (
     Model("SmolLM2-135M, bfloat16", SMOLLM2, Load(256, 24, 32), "bfloat16", 256),
     Model("tiny 1M, float32", TINY, Load(512, 24, 16), "float32", 512, kv_cache_bytes=256 << 20),
 )
-PUBLIC = (Case("files"), Case("merged"))
+PUBLIC: tuple[Kind, ...] = ("files", "merged")
 BARE = (Case("bare"), Case("bare, eager"))
 
 
@@ -63,26 +63,30 @@ def main() -> None:
     given = options(__doc__.splitlines()[0])
     rows = [row for model in MODELS for row in measure(model, given)]
     report("Rollouts on one thread", rows, given)
+    print(LEGEND)
     if given.plot is not None:
         draw_members(given.plot, rows)
 
 
 def cells(model: Model, *, short: bool) -> list[Cell]:
-    """What is measured. The short form reads and writes a quarter of the tokens, and leaves the sweeps out."""
+    """What is measured. The short form has half the sequences and a quarter of the tokens, for the ways of public code
+    as many prompts a member and fewer members, and leaves the sweeps out."""
     whole = model.load
     if short:
-        load = Load(whole.sequences, whole.prompt // 4, whole.new // 4)
-        return [Cell(load, (Case("ours"), Case("ours", members=32), *PUBLIC))]
+        sequences, prompt, new = whole.sequences // 2, whole.prompt // 4, whole.new // 4
+        one_at_a_time = Cell(Load(sequences // 4, prompt, new), tuple(Case(kind, members=4) for kind in PUBLIC))
+        return [Cell(Load(sequences, prompt, new), (Case("ours"), Case("ours", members=32))), one_at_a_time]
     members = tuple(Case("ours", 8, count) for count in (1, 2, 4, 8, 16, 32))
     ranks = tuple(Case("ours", rank, count) for rank in (1, 16) for count in (8, 16, 32))
     stock = (Case("stock", 8, 8), Case("stock", 8, 16))
-    some = (Case("ours"), Case("stock"), *PUBLIC)
+    public = tuple(Case(kind) for kind in PUBLIC)
+    some = (Case("ours"), Case("stock"), *public)
     loads = [
         *(Load(sequences, whole.prompt, whole.new) for sequences in (whole.sequences // 4, 4 * whole.sequences)),
         *(Load(whole.sequences, prompt, whole.new) for prompt in (8, 96)),
         *(Load(whole.sequences, whole.prompt, new) for new in (whole.new // 4, 4 * whole.new)),
     ]
-    return [Cell(whole, (*members, *ranks, *stock, *PUBLIC)), *(Cell(load, some) for load in loads)]
+    return [Cell(whole, (*members, *ranks, *stock, *public)), *(Cell(load, some) for load in loads)]
 
 
 def measure(model: Model, given: Options) -> list[Row]:
@@ -143,7 +147,6 @@ def row(model: Model, load: Load, case: Case, timing: Timing, bare: Timing) -> R
         "tokens/s": load.sequences * load.new / timing.median,
         "over bare": ratio.median,
         "quartiles": f"{low:.2f} to {high:.2f}",
-        "what": KINDS[case.kind],
     }
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +150,12 @@ def test_a_killed_worker_changes_nothing(undisturbed: Path, config: Path, folder
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("lines", [1, 3])
-def test_a_killed_driver_resumes_to_the_same_ledger(undisturbed: Path, config: Path, folder: Path, lines: int) -> None:
-    """Kill -9 as soon as the ledger has so many lines: before the first generation, and in a later one."""
-    run = folder / f"killed-driver-{lines}"
+def test_a_killed_driver_resumes_to_the_same_ledger(undisturbed: Path, config: Path, folder: Path) -> None:
+    """Kill -9 in a generation in the middle of the run."""
+    run = folder / "killed-driver"
     command = [ES_ENGINE, "train", config, "--run-dir", run]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for_lines(run / "ledger.jsonl", lines, driver)
+    wait_for_lines(run / "ledger.jsonl", 3, driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert len(Ledger(run / "ledger.jsonl").generations) < GENERATIONS
@@ -171,21 +169,6 @@ def wait_for_lines(path: Path, lines: int, driver: subprocess.Popen[Any]) -> Non
         assert driver.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-@pytest.mark.vllm
-def test_a_torn_line_and_lost_checkpoints_are_recovered(undisturbed: Path, config: Path, folder: Path) -> None:
-    run = folder / "torn"
-    subprocess.run(["cp", "-r", undisturbed, run], check=True)
-    ledger = run / "ledger.jsonl"
-    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]) + b'{"kind":"generation","st')
-    evaluations = run / "eval.jsonl"
-    evaluations.write_bytes(b"".join(evaluations.read_bytes().splitlines(keepends=True)[:-1]))
-    for checkpoint in (run / "checkpoints").glob("*/state.safetensors"):
-        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    subprocess.run(["rm", "-r", run / "adapter"], check=True)
-    succeed("resume", run)
-    assert_same_run(run, undisturbed)
 
 
 @pytest.mark.vllm
@@ -261,27 +244,6 @@ def test_a_run_folder_is_never_overwritten(undisturbed: Path, config: Path) -> N
     assert (undisturbed / "ledger.jsonl").read_bytes() == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 KiB."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", tmp_path], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
-
-
-@pytest.mark.vllm
-def test_a_full_disk_is_one_sentence_and_room_lets_the_run_go_on(
-    undisturbed: Path, config: Path, small_disk: Path
-) -> None:
-    run = small_disk / "run"
-    assert "No space left" in refusal("train", config, "--run-dir", run)
-    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
-    succeed("resume", run)
-    assert_same_run(run, undisturbed)
-
-
 @pytest.mark.vllm
 def test_sigterm_ends_a_run_at_once_in_one_sentence(config: Path, folder: Path) -> None:
     run = folder / "interrupted"
@@ -299,10 +261,8 @@ def test_an_automatic_chunk_is_settled_before_the_run_and_kept_in_its_config(fol
     inputs = folder / "chunk-inputs"
     inputs.mkdir()
     config = write_config(inputs, random_llama, engine__chunk="auto", budget__generations=1)
-    run, again = folder / "chunk-run", folder / "chunk-again"
+    run = folder / "chunk-run"
     succeed("train", config, "--run-dir", run)
     size = yaml.safe_load((run / "config.yaml").read_text())["engine"]["chunk"]
     assert size in (2, 4, 8)
     assert Ledger(run / "ledger.jsonl").generations[0]["chunks"] == [size] * (8 // size)
-    succeed("train", run / "config.yaml", "--run-dir", again)
-    assert_same_run(again, run)
