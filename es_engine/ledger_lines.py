@@ -48,7 +48,7 @@ def _rectangular(rows: Sequence[Sequence[float | None]]) -> Sequence[Sequence[fl
 
 
 def _shallow(tree: dict[str, Any]) -> dict[str, Any]:
-    """Those that follow it down call themselves at each level."""
+    """The tree, if those that go through it, which call themselves at each level, can reach its leaves."""
     level: list[Any] = [tree]
     for _ in range(DEEPEST):
         inner = (each.values() if isinstance(each, dict) else each for each in level)

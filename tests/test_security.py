@@ -50,6 +50,15 @@ HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m[/red]\u202egnp\u2066\ud800\x00"
 BOMB = "\n".join(["a: &a [x, x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghi"))])
 
 
+def test_the_page_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    named = set(re.findall(r"::\s?(test_\w+)", page))
+    assert len(named) > 30
+    assert [name for name in named if not any(f"\ndef {name}(" in text for text in files.values())] == []
+    assert set(re.findall(r"\b(test_\w+\.py)", page)) <= files.keys()
+
+
 # --- text
 
 

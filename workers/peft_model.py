@@ -55,7 +55,7 @@ def wearing(base: Any, folder: Path) -> Any:
     return worn
 
 
-def hang_up(model: Any, folder: Path, name: str) -> None:
+def add_adapter(model: Any, folder: Path, name: str) -> None:
     """Give a model that wears an adapter already another one, from a folder, to be worn on demand. Raises ValueError
     for one that does not fit."""
     config, pairs = _adapter(model.get_base_model(), folder)
