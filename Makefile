@@ -10,7 +10,7 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## make .venv with every package pinned (CPU)
 
-$(INSTALLED): requirements/cpu.txt pyproject.toml scripts/setup.sh
+$(INSTALLED): requirements/cpu.txt requirements/torch.txt pyproject.toml scripts/setup.sh
 	scripts/setup.sh
 
 demo: $(INSTALLED)  ## train SmolLM2-135M on Countdown into a new folder under runs/
@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-lock:  ## write requirements/cpu.txt anew from pyproject.toml
+lock:  ## write the pins in requirements/ anew from pyproject.toml
 	python3 scripts/lock.py
 
 clean:  ## remove .venv and every cache; runs/ stays

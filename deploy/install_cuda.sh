@@ -6,5 +6,5 @@ target=$(realpath -m "${1:?usage: install_cuda.sh FOLDER}")
 cd "$(dirname "$0")/.."
 
 "${PYTHON:-python3.12}" -m venv "$target"
-"$target/bin/pip" install --no-cache-dir --no-deps -r requirements/cuda.txt
+"$target/bin/pip" install --no-cache-dir --no-deps --require-hashes -r requirements/cuda.txt
 "$target/bin/pip" install --no-cache-dir --no-deps --no-build-isolation .

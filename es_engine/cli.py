@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from es_engine.config import Config, explain, load_comparison, load_config, load_task, task_kinds
+from es_engine.text import discreet, visible
 
 if TYPE_CHECKING:
     from es_engine.scoring import Graded
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_ETA = 1e10  # seconds; more is no time at all
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.")]
@@ -55,7 +57,7 @@ def train(
     if summary:
         from es_engine.submit import summary_line
 
-        typer.echo(summary_line(start(chosen, run_dir).summary))
+        _say(summary_line(start(chosen, run_dir).summary))
     else:
         _show_end(start(chosen, run_dir).summary)
 
@@ -79,11 +81,11 @@ def submit(
     from es_engine.submit import submit as send
 
     job = send(chosen, address, run_dir, on_cluster or [])
-    typer.echo(f"job: {job.id}")
+    _say(f"job: {job.id}")
     if not wait:
         return
     try:
-        ending = job.follow(typer.echo)
+        ending = job.follow(_say)
     except _Interrupted:
         _end(f"no longer following; the job goes on: ray job stop {job.id} --address {address} would end it", 130)
     if ending.summary is not None:
@@ -110,7 +112,7 @@ def replay(
     """Rebuild an adapter from config and ledger alone, without a single rollout."""
     from es_engine.past import replay as rebuild
 
-    typer.echo(rebuild(run, step, out))
+    _say(rebuild(run, step, out))
 
 
 @app.command(name="eval")
@@ -133,7 +135,7 @@ def evaluate(
     write_json_lines(folder / "samples.jsonl", found.samples)
     write_text(folder / "summary.json", json.dumps(found.summary, indent=2) + "\n")
     _print_summary(found.summary)
-    typer.echo(f"completions: {folder / 'samples.jsonl'}")
+    _say(f"completions: {folder / 'samples.jsonl'}")
 
 
 @app.command()
@@ -181,17 +183,19 @@ def compare(
     from es_engine.compare.runner import compare as run
 
     done = run(chosen, folder)
-    typer.echo(f"comparison: {done}\nreport: {done / 'report.html'}")
+    _say(f"comparison: {done}\nreport: {done / 'report.html'}")
 
 
 @app.command()
 def diff(run_a: RunDir, run_b: RunDir) -> None:
     """Are two runs' ledgers equal, but for times and places? Exit code 0 if they are, 1 if not."""
     from es_engine.ledger import first_difference
-    from es_engine.run_folder import RunFolder
+    from es_engine.run_folder import RunFolder, refuse_ways_out
 
+    for run in (run_a, run_b):
+        refuse_ways_out(run)
     difference = first_difference(RunFolder(run_a).ledger_file, RunFolder(run_b).ledger_file)
-    typer.echo(difference or "the ledgers are equal")
+    _say(difference or "the ledgers are equal")
     raise typer.Exit(1 if difference else 0)
 
 
@@ -204,7 +208,7 @@ def status(run: RunDir) -> None:
     table = Table("figure", "value", box=None, pad_edge=False)
     for name, value in {**_status_row(found), "process": found.process or ""}.items():
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(name, _text(value))
     Console().print(table)
 
 
@@ -219,7 +223,7 @@ def runs(folders: RunsOrFolders) -> None:
         raise ValueError(f"{folders[0]}: neither a run folder nor a folder of them")
     table = Table(*rows[0], box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*map(_text, row.values()))
     Console().print(table)
 
 
@@ -247,7 +251,7 @@ def report(
     target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
     groups = group_runs([read_run(run) for run in found])
     write_report(target, groups, title=", ".join(group.label for group in groups), over=over, pngs=png)
-    typer.echo(target)
+    _say(target)
 
 
 @app.command()
@@ -261,10 +265,10 @@ def watch(
 
     with WatchServer(runs, host, port) as server:
         try:
-            typer.echo(f"watching at {server.url}")
+            _say(f"watching at {server.url}")
             server.serve_forever()
         except _Interrupted:
-            typer.echo("stopped watching; the runs go on")
+            _say("stopped watching; the runs go on")
 
 
 @app.command()
@@ -284,7 +288,7 @@ def export(
         merge(adapter, local_model(found.config), out)
     else:
         copy_adapter(adapter, out)
-    typer.echo(out)
+    _say(out)
 
 
 @app.command(name="config")
@@ -298,7 +302,7 @@ def show_config(
 
     if explained == (config is not None):
         raise ValueError("config: give either a config to print or --explain")
-    typer.echo(explain() if config is None else dump_config(load_config(config, overrides or [])))
+    _say(explain() if config is None else dump_config(load_config(config, overrides or [])))
 
 
 @app.command()
@@ -310,7 +314,8 @@ def doctor() -> None:
     table = Table("what", "", "found", "remedy", box=None, pad_edge=False)
     checks = examine()
     for check in checks:
-        table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.detail, check.remedy or "")
+        status = Text(check.status, colours[check.status])
+        table.add_row(_text(check.name), status, _text(check.detail), _text(check.remedy))
     Console().print(table)
     raise typer.Exit(1 if any(check.status == "fail" for check in checks) else 0)
 
@@ -348,8 +353,18 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
 
 
 def _end(sentence: str, code: int) -> NoReturn:
-    typer.echo(f"es-engine: {sentence}", err=True)
+    _say(f"es-engine: {sentence}", err=True)
     sys.exit(code)
+
+
+def _say(what: object, err: bool = False) -> None:
+    """Print what may hold anybody's words."""
+    typer.echo(visible(discreet(str(what))), err=err)
+
+
+def _text(words: str) -> Text:
+    """Anybody's words in a table."""
+    return Text(visible(discreet(words)))
 
 
 def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) -> tuple[Config, Path | None]:
@@ -379,13 +394,13 @@ def _show_end(summary: dict[str, Any]) -> None:
         table.add_row(name, _figure(line["reward"]), _figure(line["accuracy"]), _interval(line["accuracy_ci95"]))
     Console().print(table)
     run = summary["run"]
-    typer.echo(f"run: {run}\nadapter: {run}/adapter\nreport: {run}/report.html")
+    _say(f"run: {run}\nadapter: {run}/adapter\nreport: {run}/report.html")
 
 
 def _print_summary(summary: dict[str, object]) -> None:
     table = Table("figure", "value", box=None, pad_edge=False)
     for key, value in summary.items():
-        table.add_row(key, json.dumps(value))
+        table.add_row(_text(key), _text(json.dumps(value)))
     Console().print(table)
 
 
@@ -394,14 +409,14 @@ def _print_graded(graded: Graded) -> None:
     if graded.example.messages is not None:
         prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in graded.example.messages)
     answers = (("right", graded.right, graded.right_score), ("wrong", graded.wrong, graded.wrong_score))
-    typer.echo(f"--- {graded.example.id}\n{prompt}")
+    _say(f"--- {graded.example.id}\n{prompt}")
     for name, completion, score in answers:
         if score is None:
-            typer.echo(f"{name}: none known")
+            _say(f"{name}: none known")
             continue
         parts = ", ".join(f"{part} {_figure(value)}" for part, value in score.components.items())
         worth = f"reward {_figure(score.value)}, accuracy {_figure(score.accuracy)}{parts and '; '}{parts}"
-        typer.echo(f"{name}: {completion!r}\n  {score.error or worth}")
+        _say(f"{name}: {completion!r}\n  {score.error or worth}")
 
 
 def _status_row(status: Status) -> dict[str, str]:
@@ -415,7 +430,7 @@ def _status_row(status: Status) -> dict[str, str]:
         "training reward": _figure(status.training_reward),
         "held-out reward": _figure(status.reward),
         "accuracy": _figure(status.accuracy),
-        "ETA": "" if left is None else str(timedelta(seconds=round(left))),
+        "ETA": "" if left is None else str(timedelta(seconds=round(min(left, LONGEST_ETA)))),
         "last error": status.error or "",
     }
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
@@ -19,9 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from es_engine import ledger_lines
 from es_engine.costs import Costs
 
 Line = dict[str, Any]
+
+LONGEST = 1 << 28
+"""Bytes of a line: a generation of ten million rollouts has less."""
 
 WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
@@ -94,16 +99,16 @@ class LedgerReader:
         """The whole lines since those that were read before; none if there is no such file. One that is being written
         is left for the next time.
 
-        Raises ValueError if any line but the last is damaged.
+        Raises ValueError if any line but the last is damaged, or if one holds what no run writes.
         """
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(self.bytes_read)
-            for raw in file:
+            for raw in iter(partial(file.readline, LONGEST), b""):
                 line = _parsed(raw)
                 if line is None:
-                    if not raw.endswith(b"\n") or not file.read(1):
+                    if len(raw) < LONGEST and (not raw.endswith(b"\n") or not file.read(1)):
                         return
                     raise ValueError(
                         f"{self.path}: line {self.lines_read + 1} is damaged; "
@@ -111,7 +116,14 @@ class LedgerReader:
                     )
                 self.lines_read += 1
                 self.bytes_read += len(raw)
+                self._check(line)
                 yield line
+
+    def _check(self, line: Line) -> None:
+        try:
+            ledger_lines.check(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: line {self.lines_read} is none of a run's: {error}") from None
 
 
 def running_costs(generations: Iterable[Line]) -> list[Costs]:
@@ -176,9 +188,10 @@ def _parsed(raw: bytes) -> Line | None:
     """A line of a ledger from its bytes; None if they are not a whole one."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if raw.endswith(b"\n") and isinstance(line, dict) and "kind" in line else None
+    whole = raw.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("kind"), str)
+    return line if whole else None
 
 
 def _short(value: Any) -> str:

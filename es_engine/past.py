@@ -62,8 +62,8 @@ class Stages:
 
 
 def present_stage(folder: RunFolder) -> Config:
-    """The config of the stage that a run has begun last."""
-    return folder.load_config().by_stage[max(0, len(folder.open_ledger().stages) - 1)]
+    """The config of the stage that a run has begun last. Raises ValueError if it has none."""
+    return folder.load_config().stage_after(len(folder.open_ledger().stages))
 
 
 def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Path:
@@ -73,7 +73,7 @@ def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Pat
     Raises ValueError if the run has no such step, or no checkpoint where it needs one, or if the model or the ledger is
     not what it was.
     """
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder.existing(Path(run_dir))
     ledger = folder.open_ledger()
     if not 0 <= step <= len(ledger.generations):
         raise ValueError(f"--step: {run_dir} has steps 0 to {len(ledger.generations)}, not {step}")
@@ -109,8 +109,17 @@ def restore(stages: Stages, folder: RunFolder, ledger: Ledger) -> State:
 
 
 def _past(ledger: Ledger, steps: int | None = None) -> list[Line]:
-    """The beginnings of stages and the generations of a ledger, in order; up to the generation of so many steps."""
+    """The beginnings of stages and the generations of a ledger, in order; up to the generation of so many steps. Raises
+    ValueError if they are not numbered in their order."""
     past = [line for line in ledger.lines if line["kind"] in ("stage", "generation")]
+    stage = step = 0
+    for line in past:
+        begins = line["kind"] == "stage"
+        if line["step"] != step or (begins and line["stage"] != stage):
+            raise ValueError(
+                f"{ledger.path}: a {line['kind']} of step {line['step']} where one of step {step} should be"
+            )
+        stage, step = stage + begins, step + (not begins)
     if steps is None:
         return past
     places = [place for place, line in enumerate(past, start=1) if line["kind"] == "generation"]
@@ -172,7 +181,7 @@ def _from_checkpoint(past: list[Line], stages: Stages, folder: RunFolder) -> tup
     if found is None:
         return None
     step, tensors = found
-    theta = tensors.pop("theta").numpy()
+    theta = tensors.pop("theta", torch.empty(0)).float().numpy()
     if step == 0 or fingerprint(theta) != past[places[step - 1] - 1]["theta"]:
         return None
     known = past[: places[step - 1]]
@@ -180,7 +189,10 @@ def _from_checkpoint(past: list[Line], stages: Stages, folder: RunFolder) -> tup
     stage, first_step = (begun[-1]["stage"], begun[-1]["step"]) if begun else (0, 0)
     materials = stages[stage]
     optimizer = build_optimizer(materials.config.optimizer, materials.space.start())
-    optimizer.load_state({name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()})
+    moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()}
+    if theta.shape != (materials.space.dim,) or not optimizer.takes(moments):
+        return None
+    optimizer.load_state(moments)
     costs = running_costs(line for line in known if line["kind"] == "generation")
     return State(step, theta, optimizer, costs[-1], stage, first_step, costs[first_step]), len(known)
 
@@ -216,6 +228,7 @@ def header(stages: Stages, state: State) -> Line:
 
 def _check_header(stages: Stages, ledger: Ledger) -> None:
     """Raises ValueError, naming the difference, unless the ledger belongs to this config and this base model."""
+    stages.config.stage_after(len(ledger.stages))
     expected, found = header(stages, beginning(stages[0])), dict(flat(ledger.header))
     if found.get("kind") != "run":
         raise ValueError(f"{ledger.path}: the first line is not a run's")

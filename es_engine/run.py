@@ -14,13 +14,15 @@ from es_engine.run_folder import RunFolder
 from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 
 class Run:
     """A run folder."""
 
     def __init__(self, path: Path | str) -> None:
         """Raises ValueError if the folder holds no run."""
-        self.folder = RunFolder(Path(path))
+        self.folder = RunFolder.existing(Path(path))
         self.config: Config = self.folder.load_config()
 
     @property
@@ -104,27 +106,26 @@ def evaluate(
 def merge(adapter: Path, model: Path, out: Path) -> None:
     """Write the base model with the adapter folded into its weights, as a whole model.
 
-    Raises ValueError if `out` exists.
+    Raises ValueError if `out` exists, or the adapter does not fit.
     """
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from workers.peft_model import load_base, wearing
+    from workers.prompts import load_tokenizer
 
     if out.exists():
         raise ValueError(f"{out}: exists already; give another folder")
     # Folded in float32: in half precision a small delta would be rounded away.
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    merged: Any = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    merged.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    wearing(load_base(model, "float32"), adapter).merge_and_unload().save_pretrained(out)
+    load_tokenizer(model).save_pretrained(out)
 
 
 def copy_adapter(adapter: Path, out: Path) -> None:
-    """Copy a PEFT adapter's folder. Raises ValueError if `out` exists."""
+    """Copy a PEFT adapter, and nothing else that is in its folder. Raises ValueError if `out` exists."""
     adapter_config(adapter)
     if out.exists():
         raise ValueError(f"{out}: exists already; give another folder")
-    shutil.copytree(adapter, out)
+    out.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, out / name)
 
 
 def _space_of(adapter: Path) -> LoraSpaceConfig:

@@ -1,11 +1,13 @@
-"""The folder that a run leaves behind: what is in it and how each thing is written so that a crash cannot spoil it."""
+"""The folder that a run leaves behind: what is in it, how each thing is written so that a crash cannot spoil it, and
+what of somebody else's is not believed."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from es_engine.config import Config, dump_config, load_config
+from es_engine.config import Config, dump_config, load_resolved
 from es_engine.ledger import Ledger
 
 KEPT_CHECKPOINTS = 2
+CHECKPOINT = re.compile("step-([0-9]{6,15})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,14 @@ class RunFolder:
     """Paths of one run."""
 
     path: Path
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """That of a run that is there already. Raises ValueError if the folder holds no run, or leads elsewhere."""
+        folder = cls(path)
+        folder._refuse_none()
+        refuse_ways_out(path)
+        return folder
 
     @property
     def config_file(self) -> Path:
@@ -79,9 +90,12 @@ class RunFolder:
 
     def load_config(self) -> Config:
         """The run's config. Raises ValueError if the folder holds no run."""
+        self._refuse_none()
+        return load_resolved(self.config_file)
+
+    def _refuse_none(self) -> None:
         if not self.config_file.is_file():
             raise ValueError(f"{self.path}: not a run folder (it has no config.yaml)")
-        return load_config(self.config_file)
 
     def open_ledger(self) -> Ledger:
         """The run's history so far."""
@@ -131,11 +145,39 @@ class RunFolder:
         return [_step_of(folder) for folder in self._checkpoint_folders()]
 
     def _checkpoint_folders(self) -> list[Path]:
-        return sorted((folder for folder in self.checkpoints.glob("step-*") if not folder.suffix), key=_step_of)
+        named = (path for path in self.checkpoints.glob("step-*") if CHECKPOINT.fullmatch(path.name))
+        return sorted((path for path in named if path.is_dir()), key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Raises ValueError, naming it, if there is anything in a folder but files, folders and links to these: whoever
+    reads or writes in a folder that somebody else filled should neither get elsewhere nor wait for ever."""
+    home = os.path.realpath(folder)
+    for entry in _entries(folder):
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([home, target]) != home:
+                raise ValueError(f"{entry.path}: a link out of {folder}; put what it names in its place")
+        elif not (entry.is_file() or entry.is_dir()):
+            raise ValueError(f"{entry.path}: neither a file nor a folder; remove it")
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder; what vanishes meanwhile, as checkpoints do while a run goes on, is left out."""
+    folders = [os.fspath(folder)]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except FileNotFoundError:
+            continue
+        yield from entries
+        folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def is_free(folder: Path, first: str) -> bool:
@@ -177,8 +219,10 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file by `text`; whoever looks sees the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
+    partial.unlink(missing_ok=True)
     try:
-        partial.write_text(text)
+        with partial.open("x") as file:  # a new one, where a link might lie
+            file.write(text)
         _sync(partial)
     except OSError:
         partial.unlink(missing_ok=True)

@@ -36,12 +36,13 @@ class Status:
 
 def read_status(path: Path) -> Status:
     """The status of a run. Raises ValueError if the folder holds no run."""
-    folder = RunFolder(path)
-    process = holder(path)  # first: a run that ends meanwhile is not taken for a stopped one
+    process = None
     try:
+        folder = RunFolder.existing(path)
+        process = holder(path)  # first: a run that ends meanwhile is not taken for a stopped one
         return _read(folder, process)
     except ValueError as error:
-        if not folder.config_file.is_file():
+        if not RunFolder(path).config_file.is_file():
             raise
         return Status(path, "unreadable", process, error=str(error))
 
@@ -75,7 +76,7 @@ def _read(folder: RunFolder, process: str | None) -> Status:
         past.add(line)
     evaluations = list(LedgerReader(folder.eval_file).new_lines())
     evaluation = evaluations[-1] if evaluations else {}
-    stage = config.by_stage[max(0, past.stages - 1)]
+    stage = config.stage_after(past.stages)
     spent = stage.budget.progress(past.step - past.first_step, past.costs)
     return Status(
         path=folder.path,

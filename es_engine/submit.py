@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
@@ -166,6 +167,8 @@ def _entrypoint(config: Config, run_dir: str | None) -> str:
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--address: got {address}, accepted is the URL of a job server, such as http://HEAD:8265")
+    if "@" in urlsplit(address).netloc:  # it is told again, here and in logs
+        raise ValueError("--address: it holds a name or a password; give the cluster's token in RAY_AUTH_TOKEN")
     for name in ("ray", *(kind.__module__ for kind in JobSubmissionClient.__mro__)):  # modules with levels of their own
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and then RAY_ADDRESS, to what it is given

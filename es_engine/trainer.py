@@ -42,7 +42,7 @@ def resume(run_dir: Path | str) -> Run:
 
     Raises ValueError if it cannot be continued.
     """
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder.existing(Path(run_dir))
     notices = Notices()
     config = folder.load_config()
     with locked(folder.path), Session(present_stage(folder), notices, config.by_stage) as session:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rewards.base import Rollout, Verifier, register, verifier
+from rewards.model_folder import check_folder
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -31,8 +32,12 @@ def reward_model_verifier(model: str, max_length: int = 2048, output: int = 0, d
     place = _place(device, torch.cuda.is_available())
     dtype = torch.float32 if place == "cpu" else "auto"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left")
-        classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        folder = local_folder(model, "model")
+        check_folder(folder, "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", trust_remote_code=False)
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"verifier: reward_model cannot load {model!r} ({str(error).splitlines()[0]})") from error
     classifier.eval().to(place)

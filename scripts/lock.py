@@ -1,5 +1,6 @@
-"""Write requirements/cpu.txt, every package of the CPU environment, requirements/cluster.txt, what the nodes of a Ray
-cluster need beside them, and requirements/cuda.txt, every package of a node with GPUs, all pinned.
+"""Write requirements/cpu.txt, every package of the CPU environment but torch, requirements/torch.txt, that one,
+requirements/cluster.txt, what the nodes of a Ray cluster need beside them, and requirements/cuda.txt, every package of
+a node with GPUs; all pinned, and all but torch.txt with the hashes of the files that PyPI has of them.
 
 What is wanted stands in pyproject.toml (its dependencies and the extras `cpu`, `demo` and `dev`, and `cluster` and
 `cuda`); pins already in the files are kept where they still fit. Arguments go to `uv pip compile`: `scripts/lock.py
@@ -9,7 +10,6 @@ What is wanted stands in pyproject.toml (its dependencies and the extras `cpu`, 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,10 +19,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKED = ROOT / "requirements/cpu.txt"
+CPU_TORCH = ROOT / "requirements/torch.txt"
 CLUSTER = ROOT / "requirements/cluster.txt"
 HEADER = """\
-# Written by scripts/lock.py from pyproject.toml. Install it with `pip install --no-deps`: the list is complete, and
-# some packages that others ask for are left out on purpose (scripts/lock.py says which and why).
+# Written by scripts/lock.py from pyproject.toml. Install it with `pip install --no-deps`, after requirements/torch.txt:
+# the two are complete, and some packages that others ask for are left out on purpose (scripts/lock.py says which and
+# why).
+"""
+CPU_TORCH_HEADER = """\
+# Written by scripts/lock.py. The CPU build of torch is not on PyPI, and may be taken from a folder of wheels of one's
+# own, so that its files are not known here by their hashes.
 """
 CLUSTER_HEADER = """\
 # Written by scripts/lock.py from pyproject.toml: what the nodes of a Ray cluster need beside requirements/cpu.txt, for
@@ -50,31 +56,47 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         uv = install_uv(folder / "venv")
+        everywhere = ("--universal", "--python-version=3.11")
         cpu = [
             *excluding(folder / "excludes.txt", (*EXCLUDED, *EXCLUDED_ON_CPU)),
             *constrained(folder / "torch.txt", [TORCH]),
             *(f"--find-links={place}" for place in wheel_places()),
-            *("--universal", "--python-version=3.11"),
+            *everywhere,
         ]
-        compile_pins(uv, EXTRAS, LOCKED, cpu)
-        whole = folder / "whole.txt"
-        shutil.copy(LOCKED, whole)  # whose pins are kept
-        compile_pins(uv, (*EXTRAS, "cluster"), whole, cpu)
-        pins, more = (path.read_text().splitlines() for path in (LOCKED, whole))
+        pins = compile_pins(uv, EXTRAS, pinned(LOCKED), cpu)
+        more = compile_pins(uv, (*EXTRAS, "cluster"), pins, cpu)
         kept = [pin for pin in more if pin.partition("==")[0] not in DIFFERENT_WITH_CUDA]
+        on_gpus = ("--python-platform=x86_64-manylinux_2_28", "--python-version=3.12")
         cuda = [
             *excluding(folder / "excludes_cuda.txt", EXCLUDED),
             *constrained(folder / "kept.txt", kept),
-            *("--python-platform=x86_64-manylinux_2_28", "--python-version=3.12"),
+            *on_gpus,
         ]
-        compile_pins(uv, ("cuda", "demo", "cluster"), CUDA, cuda)
-    write(LOCKED, HEADER, pins)
-    write(CLUSTER, CLUSTER_HEADER, [pin for pin in more if pin not in pins])
-    write(CUDA, CUDA_HEADER, CUDA.read_text().splitlines())
+        cuda_pins = compile_pins(uv, ("cuda", "demo", "cluster"), pinned(CUDA), cuda)
+        torch = [pin for pin in pins if pin.startswith("torch==")]
+        write(LOCKED, HEADER, hashed(uv, [pin for pin in pins if pin not in torch], everywhere))
+        write(CPU_TORCH, CPU_TORCH_HEADER, torch)
+        write(CLUSTER, CLUSTER_HEADER, hashed(uv, [pin for pin in more if pin not in pins], everywhere))
+        write(CUDA, CUDA_HEADER, hashed(uv, cuda_pins, on_gpus))
 
 
-def write(path: Path, header: str, pins: Sequence[str]) -> None:
-    path.write_text(header + "".join(f"{pin}\n" for pin in pins))
+def write(path: Path, header: str, lines: Sequence[str]) -> None:
+    path.write_text(header + "".join(f"{line}\n" for line in lines))
+
+
+def pinned(path: Path) -> list[str]:
+    """The pins in a file, without their hashes."""
+    lines = path.read_text().splitlines()
+    return [line.removesuffix(" \\") for line in lines if line[:1] not in ("", "#", " ")]
+
+
+def hashed(uv: Path, pins: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The pins, each with the hashes of all files of that version below it."""
+    command = [uv, "pip", "compile", "-", "--no-deps", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
+    done = subprocess.run(
+        [*command, *options], input="\n".join(pins), stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
+    )
+    return done.stdout.splitlines()
 
 
 def excluding(file: Path, packages: Sequence[str]) -> list[str | Path]:
@@ -93,16 +115,20 @@ def install_uv(environment: Path) -> Path:
     return environment / "bin/uv"
 
 
-def compile_pins(uv: Path, extras: Sequence[str], out: Path, options: Sequence[str | Path]) -> None:
-    """Pin what the extras ask for into a file."""
-    command: list[str | Path] = [
-        *(uv, "pip", "compile", "pyproject.toml", "--output-file", out),
-        *(f"--extra={extra}" for extra in extras),
-        *options,
-        *("--no-annotate", "--no-header", "--quiet"),
-        *sys.argv[1:],
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def compile_pins(uv: Path, extras: Sequence[str], known: Sequence[str], options: Sequence[str | Path]) -> list[str]:
+    """What the extras ask for as pins, those that are known where they still fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pins.txt"
+        out.write_text("\n".join(known))
+        command: list[str | Path] = [
+            *(uv, "pip", "compile", "pyproject.toml", "--output-file", out),
+            *(f"--extra={extra}" for extra in extras),
+            *options,
+            *("--no-annotate", "--no-header", "--quiet"),
+            *sys.argv[1:],
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return out.read_text().splitlines()
 
 
 def wheel_places() -> list[str]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make the project's environment, .venv, from the pinned packages in requirements/cpu.txt. Safe to interrupt and to
-# repeat: .venv/.installed is written last, and without it, or with other pins in it, the environment starts empty.
+# Make the project's environment, .venv, from the pinned packages in requirements/torch.txt and requirements/cpu.txt. Safe
+# to interrupt and to repeat: .venv/.installed is written last, and without it, or with other pins in it, the environment
+# starts empty.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,20 +19,19 @@ find_python() {
 }
 
 install_packages() {
-    local python torch
+    local python torch=requirements/torch.txt
     python=$(find_python)
     "$python" -m venv --clear .venv
-    torch=$(grep '^torch==' requirements/cpu.txt)
-    if ! .venv/bin/pip install --quiet --no-deps "$torch"; then
-        echo "set-up: pip finds no $torch here; taking it from PyTorch's own index of CPU builds"
-        .venv/bin/pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
+    if ! .venv/bin/pip install --quiet --no-deps -r "$torch"; then
+        echo "set-up: pip finds no $(grep '^torch==' "$torch") here; taking it from PyTorch's own index of CPU builds"
+        .venv/bin/pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu -r "$torch"
     fi
-    .venv/bin/pip install --quiet --no-deps -r requirements/cpu.txt
+    .venv/bin/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt
 }
 
-if ! cmp --silent requirements/cpu.txt .venv/.installed; then
+if ! cat requirements/torch.txt requirements/cpu.txt | cmp --silent - .venv/.installed; then
     echo "set-up: installing into .venv (minutes the first time)"
     install_packages
 fi
 .venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-cp requirements/cpu.txt .venv/.installed
+cat requirements/torch.txt requirements/cpu.txt > .venv/.installed

@@ -17,7 +17,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from chaos_table import count
+from safetensors.torch import load_file, save_file
 from small_runs import resume_here, small_config, train_here, write_config
 
 from es_engine.config import Config, TelemetryConfig, dump_config
@@ -157,8 +159,21 @@ def take_another_runs_checkpoint(run: Path) -> None:
         shutil.copytree(other / "checkpoints" / step, run / "checkpoints" / step)
 
 
+def give_the_optimizer_another_state(run: Path) -> None:
+    path = run / "checkpoints/step-000004/state.safetensors"
+    save_file({"theta": load_file(path)["theta"], "optimizer.exp_avg": torch.zeros(3)}, path)
+    (run / "checkpoints/step-none").mkdir()
+
+
 @pytest.mark.parametrize(
-    "damage", [tear_the_last_line, truncate_a_checkpoint, lose_all_checkpoints, take_another_runs_checkpoint]
+    "damage",
+    [
+        tear_the_last_line,
+        truncate_a_checkpoint,
+        lose_all_checkpoints,
+        take_another_runs_checkpoint,
+        give_the_optimizer_another_state,
+    ],
 )
 def test_a_damaged_run_goes_on_from_what_is_whole(
     undisturbed: Path, tmp_path: Path, damage: Callable[[Path], None]

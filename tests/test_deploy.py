@@ -171,8 +171,8 @@ def test_the_nodes_of_a_cluster_have_what_ray_asks_for(names: tuple[str, ...]) -
     locked: dict[str, list[str]] = {}
     for name in names:
         for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
-            if line and not line.startswith("#"):
-                package, _, version = line.partition(" ;")[0].partition("==")
+            if pin := re.match(r"([\w.-]+)==(\S+)", line):
+                package, version = pin.groups()
                 locked.setdefault(package.lower().replace("_", "-"), []).append(version)
     assert locked["ray"] == [pinned("ray")]
     for requirement in map(Requirement, requires("ray") or ()):

@@ -19,18 +19,36 @@ from hypothesis import strategies as st
 from es_engine.ledger import Ledger, Line, fingerprint, first_difference
 
 COSTS = {"generated": 3, "processed": 9, "flops": 18_000, "worker_seconds": 0.25}
+FIGURES = {
+    "costs": COSTS,
+    "theta": "ab",
+    "lr": 0.1,
+    "reward_mean": None,
+    "accuracy": None,
+    "components": {},
+    "failures": {},
+    **dict.fromkeys(("rollouts", "tokens", "truncated", "looped"), 0),
+}
 LINES: list[Line] = [
     {"kind": "run", "config": {"name": "étude\n", "seed": 1}, "theta": "ab"},
     {"kind": "calibration", "sigma": 0.3},
     {
         "kind": "generation",
         "step": 0,
+        **FIGURES,
         "rewards": [[0.1, None], [1.0, 1 / 3]],
-        "costs": COSTS,
         "times": {"total": 1.5},
         "workers": [0],
     },
-    {"kind": "generation", "step": 1, "rewards": [[0.2, 0.0]], "times": {"total": 2.5}, "workers": [1], "restarts": 1},
+    {
+        "kind": "generation",
+        "step": 1,
+        **FIGURES,
+        "rewards": [[0.2, 0.0]],
+        "times": {"total": 2.5},
+        "workers": [1],
+        "restarts": 1,
+    },
 ]
 
 json_values = st.recursive(
@@ -170,10 +188,10 @@ def test_of_a_line_that_cannot_be_synced_nothing_is_left(tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            ledger.append({"kind": "generation", "step": 2})
+            ledger.append({**LINES[3], "step": 2})
     assert ledger.path.read_bytes() == whole
-    ledger.append({"kind": "generation", "step": 2})
-    assert Ledger(ledger.path).lines == ledger.lines == [*LINES, {"kind": "generation", "step": 2}]
+    ledger.append({**LINES[3], "step": 2})
+    assert Ledger(ledger.path).lines == ledger.lines == [*LINES, {**LINES[3], "step": 2}]
 
 
 def compare(tmp_path: Path, one: list[Line], other: list[Line]) -> str | None:
@@ -205,8 +223,8 @@ def test_other_costs_are_a_difference_but_for_the_seconds(tmp_path: Path) -> Non
 
 def test_a_difference_deep_in_a_line_is_named_by_its_place(tmp_path: Path) -> None:
     rewards = [[0.1] * 50 for _ in range(9)]
-    one = [{"kind": "generation", "step": 0, "record": {"same": 1, "rewards": rewards}}]
-    other = [{"kind": "generation", "step": 0, "record": {"same": 1, "rewards": [*rewards[:-1], [0.1] * 49 + [0.2]]}}]
+    one = [{"kind": "x", "step": 0, "record": {"same": 1, "rewards": rewards}}]
+    other = [{"kind": "x", "step": 0, "record": {"same": 1, "rewards": [*rewards[:-1], [0.1] * 49 + [0.2]]}}]
     found = compare(tmp_path, one, other)
     assert found is not None
     assert found.startswith("line 1 (step 0): record.rewards[8][49] is 0.1 in ")

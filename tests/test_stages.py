@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import listeners
 import numpy as np
 import pytest
 from command_line import refusal
@@ -29,6 +30,7 @@ from es_engine.config.yaml_text import parse as parse_yaml
 from es_engine.ledger import Ledger
 from es_engine.run_folder import RunFolder
 from es_engine.session import gather
+from workers.pool import TOKEN, Pool
 
 VERIFIER = "def checksum(rollout):\n    return sum(map(ord, rollout.completion)) % 17 / 17\n"
 PAIRS = [{"prompt": f"{number}+0=", "chosen": f"{number}", "rejected": "no"} for number in range(4)]
@@ -174,10 +176,22 @@ def test_kill_9_between_the_last_step_of_a_stage_and_its_evaluation(
 
 @pytest.mark.ray
 def test_two_workers_on_ray_go_from_stage_to_stage_with_the_ledger_of_one_here(
-    undisturbed: Path, config: Config, tmp_path: Path
+    undisturbed: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing listens to other machines meanwhile, and no secret is written down, in Ray's logs neither."""
+    secrets = {name: f"secret-{name}".encode() for name in ("HF_TOKEN", "WANDB_API_KEY")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value.decode())
+    looked = listeners.look_before(Pool, "close", monkeypatch)
     path = write_config(config, tmp_path / "config.yaml")
     trainer.train(load_config(path, ["pool.workers=2"]), tmp_path / "run")
+    assert len(looked.addresses) >= 3
+    assert not TOKEN.is_file() or TOKEN.stat().st_mode & 0o077 == 0
+    assert {address for _, address in looked.addresses} <= {"127.0.0.1", "::1"}, looked.addresses
+    written = [*looked.ray_logs.rglob("*"), *(tmp_path / "run").rglob("*")]
+    texts = {file: file.read_bytes() for file in written if file.is_file()}
+    assert len(texts) > 20
+    assert [str(file) for file, text in texts.items() if any(value in text for value in secrets.values())] == []
     assert {line["restarts"] for line in ledger_of(tmp_path / "run").generations} == {0}
     assert_same_run(tmp_path / "run", undisturbed)
 

@@ -403,6 +403,7 @@ def test_the_log_ends_with_what_ended_the_run_and_outlives_a_kill(tmp_path: Path
 
 def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     for first_step in (0, 1):
         with opened(tmp_path, **ALONE | {"wandb": {"project": "trials"}}) as telemetry:
             telemetry.generation(generation(first_step, reward_mean=0.25 + first_step))
@@ -422,6 +423,7 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"0123456789" * 4 not in written
+    assert b"hf_secret_token" not in written
 
 
 def wandb_history(files: Sequence[Path]) -> list[dict[str, float]]:

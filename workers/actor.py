@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +74,16 @@ class WorkerSetup:
 class Worker:
     """The class of the pool's Ray actors."""
 
-    def __init__(self, setup: WorkerSetup, index: int, cores: tuple[int, ...] | None) -> None:
-        """`cores` are places among the CPU cores this process may use; None leaves it on all of them."""
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        index: int,
+        cores: tuple[int, ...] | None,
+        credentials: Mapping[str, str] | None = None,
+    ) -> None:
+        """`cores` are places among the CPU cores this process may use; None leaves it on all of them. `credentials` are
+        for its environment."""
+        os.environ.update(credentials or {})
         self._index = index
         self._setup = setup
         self._center_version = -1

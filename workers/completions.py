@@ -116,5 +116,5 @@ def _end_tokens(model: Path) -> frozenset[int]:
     if (model / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     else:
-        ends = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+        ends = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().eos_token_id
     return frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -22,7 +22,7 @@ import torch
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Vector
-from workers.peft_model import adapted_layer, factor_weight, load_frozen_model, load_peft_model, put_on
+from workers.peft_model import adapted_layer, add_adapter, factor_weight, load_frozen_model, load_peft_model, put_on
 from workers.samples import Sample
 from workers.teacher import Teacher
 
@@ -168,7 +168,7 @@ class GradientModel:
         if teacher is not None and teacher.model is not None:
             self._other = load_frozen_model(teacher.model, teacher.adapter, dtype, device)
         elif teacher is not None and teacher.adapter is not None:
-            self._model.load_adapter(teacher.adapter, TEACHER)
+            add_adapter(self._model, teacher.adapter, TEACHER)
         self._layers = [adapted_layer(self._model, matrix.name) for matrix in space.matrices]
         self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
         self._freeze()

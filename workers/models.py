@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from es_engine.spaces.base import Matrix
+from rewards.model_folder import check_folder
+from workers.gguf_header import check_gguf
 
 ACCEPTED = "a hub id, a local folder of safetensors, a .gguf file or package:IMPORT_NAME/FILE.gguf"
 PACKAGE = "package:"
@@ -40,7 +43,8 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
     `source` is a hub id (`revision` is a branch, tag or commit of it), a local folder, a `.gguf` file, or
     `package:IMPORT_NAME/FILE.gguf`, a file inside an installed Python package. A GGUF file is converted once to float32
-    safetensors, cached by its content. Raises ValueError where there is no such model, or none in safetensors.
+    safetensors, cached by its content. Raises ValueError where there is no such model, or none in safetensors, or where
+    its files are not what they say.
     """
     local = source.startswith(PACKAGE) or source.endswith(".gguf") or Path(source).expanduser().is_dir()
     if local and revision is not None:
@@ -66,17 +70,15 @@ def linear_matrices(folder: Path, targets: Literal["all-linear"] | Sequence[str]
     """The linear layers of a causal language model that `targets` names, in module order.
 
     "all-linear" means every one but the output embedding, as in PEFT; otherwise each target is the end of a module path
-    (`q_proj`, `layers.0.mlp.up_proj`). Raises ValueError for a target that names no such layer.
+    (`q_proj`, `layers.0.mlp.up_proj`). Raises ValueError for a target that names no such layer, and where the weights
+    of one are not those that the model's config asks for.
     """
     shapes = linear_shapes(folder)
     if targets != "all-linear":
         _check_targets(targets, shapes)
         shapes = {name: shape for name, shape in shapes.items() if any(_ends_in(name, target) for target in targets)}
     files = _tensor_files(folder)
-    return [
-        Matrix(name, out_features, in_features, rms=_rms(files, f"{name}.weight"))
-        for name, (out_features, in_features) in shapes.items()
-    ]
+    return [Matrix(name, *shape, rms=_rms(files, f"{name}.weight", shape)) for name, shape in shapes.items()]
 
 
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -140,10 +142,7 @@ def _downloaded(hub_id: str, revision: str | None) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.source: {folder} has no config.json; accepted are {ACCEPTED}")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model.source: {folder} has no *.safetensors file, and no other kind of weights is read")
+    check_folder(folder, "model.source")
     return folder
 
 
@@ -171,26 +170,31 @@ def _file_in_package(source: str) -> Path:
 def _converted(gguf_file: Path) -> Path:
     if not gguf_file.is_file():
         raise ValueError(f"model.source: there is no file {gguf_file}; accepted are {ACCEPTED}")
-    with gguf_file.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"model.source: {gguf_file} is not a GGUF file (it does not begin with GGUF)")
+    check_gguf(gguf_file)
     key = hashlib.sha256(f"{CONVERTER}:{_digest(gguf_file)}".encode()).hexdigest()[:16]
-    return cached_folder(f"{gguf_file.stem}-{key}", lambda folder: _convert(gguf_file, folder))
+    try:
+        return cached_folder(f"{gguf_file.stem}-{key}", lambda folder: _convert(gguf_file, folder))
+    except (AttributeError, LookupError, TypeError) as error:  # transformers' words for a file that lacks something
+        raise ValueError(f"model.source: {gguf_file} is no model that can be converted ({error!r})") from error
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent,
-        gguf_file=gguf_file.name,
-        quantization_config=GgufConfig(dequantize=True),  # without it the model refuses to be saved
-        dtype=torch.float32,
-    )
-    model.save_pretrained(folder)
-    _tokenizer(gguf_file).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as name:
+        alone = Path(name) / "model.gguf"  # what lies beside the file would be read too
+        alone.symlink_to(gguf_file.resolve())
+        model = AutoModelForCausalLM.from_pretrained(
+            alone.parent,
+            gguf_file=alone.name,
+            quantization_config=GgufConfig(dequantize=True),  # without it the model refuses to be saved
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+        model.save_pretrained(folder)
+        _tokenizer(alone).save_pretrained(folder)
 
 
 def _tokenizer(gguf_file: Path) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False)
     splitting = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     if splitting is not None and splitting.contents() in DIGITS_APART:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -205,9 +209,15 @@ def _digest(path: Path) -> str:
 
 
 def _without_weights(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"model.source: {folder} is no causal language model that transformers knows; code that a model brings is "
+            f"never run ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_targets(targets: Sequence[str], names: Iterable[str]) -> None:
@@ -232,8 +242,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _rms(files: dict[str, Path], tensor: str) -> float:
+def _rms(files: dict[str, Path], tensor: str, shape: tuple[int, int]) -> float:
+    if tensor not in files:
+        raise ValueError(f"model.source: config.json asks for {tensor}, which no file of safetensors has")
     with safe_open(files[tensor], framework="pt") as tensors:
+        found = tuple(tensors.get_slice(tensor).get_shape())
+        if found != shape:
+            raise ValueError(f"model.source: config.json asks for {tensor} of shape {shape}, not {found}")
         weight = tensors.get_tensor(tensor).flatten()
     squares = sum(block.double().square().sum().item() for block in weight.split(RMS_BLOCK))
     return float(squares / weight.numel()) ** 0.5

@@ -15,13 +15,16 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -52,8 +55,12 @@ then be given to an idle worker as well. A chunk has hundreds of rollouts, so th
 same time, and what takes three times as long is slow because of its worker."""
 LATE_S = 1.0
 """No call is late before."""
+TOKEN = Path("~/.ray/auth_token").expanduser()
+"""What Ray's processes know each other by, unless the environment says otherwise."""
 DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
-PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
+PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "VLLM_LOGGING_LEVEL")
+CREDENTIALS = ("HF_TOKEN",)
+"""What workers need too, but nobody else: Ray writes the environment that it is asked for into its logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +292,8 @@ class Pool:
             "runtime_env": {"env_vars": _environment(self._pool.threads)},
         }
         if place.shared is None:
-            return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores)
+            credentials = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
+            return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores, credentials)
         assert isinstance(self._config.engine, SimulatedEngineConfig)
         key = (place.node, place.shared)
         if self._shared.get(key) is seat.actor:  # none yet, or the one that died under this worker
@@ -540,7 +548,10 @@ def connect(address: str | None) -> bool:
 def _initialise(address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        with _on_loopback():
+            ray.init(address="local", include_dashboard=False, **quiet)
+        if TOKEN.is_file():  # which Ray lets everybody read
+            TOKEN.chmod(0o600)
         return
     try:
         _knock(address)
@@ -549,6 +560,21 @@ def _initialise(address: str | None) -> None:
         raise ValueError(
             f"pool.address: no Ray cluster answers at {address}; start one or use null for a local one"
         ) from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Inside, Ray takes 127.0.0.1 for the address of this machine, and what it starts listens there alone.
+
+    It does so by itself where it knows no clusters, on macOS and Windows. There is no setting for it elsewhere: as an
+    argument, that address is replaced by one that other machines reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _knock(address: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from es_engine.config import Config
 from rewards.base import Example
 from workers.chunks import Problem
@@ -18,10 +20,10 @@ class PromptTooLong(ValueError):
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a local model folder."""
+    """The tokenizer of a local model folder; no code that it brings is run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def load_preparer(config: Config, model: Path, max_tokens: int) -> Preparer:
@@ -46,7 +48,8 @@ def preparer(tokenizer: Any, context: int, max_tokens: int) -> Preparer:
 
 
 def tokenised(example: Example, tokenizer: Any) -> Problem:
-    """The example as the model reads it. Raises ValueError for a chat where the model has no chat template."""
+    """The example as the model reads it. Raises ValueError for a chat where the model has no chat template, or one that
+    does not take it."""
     prompt = _render(example, tokenizer)
     return Problem(example, prompt, token_ids(prompt, example, tokenizer))
 
@@ -62,7 +65,10 @@ def _render(example: Example, tokenizer: Any) -> str:
         return example.prompt
     if tokenizer.chat_template is None:
         raise ValueError("task.template: this model has no chat template; use a plain template")
-    rendered = tokenizer.apply_chat_template(list(example.messages), tokenize=False, add_generation_prompt=True)
+    try:  # in jinja's sandbox
+        rendered = tokenizer.apply_chat_template(list(example.messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"task.template: the model's chat template does not take {example.id} ({error})") from error
     assert isinstance(rendered, str)
     return rendered
 
@@ -71,4 +77,5 @@ def context_length(model: Path) -> int:
     """The number of tokens a local model can attend to."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)

@@ -184,6 +184,8 @@ def _llm_arguments(space: LoraSpace, slots: int, options: VllmOptions) -> dict[s
     }
     return {
         **{key: value for key, value in arguments.items() if value is not None},
+        "load_format": "safetensors",
+        "trust_remote_code": False,
         "enable_lora": True,
         "max_loras": slots,
         "max_cpu_loras": slots,

@@ -18,7 +18,7 @@ from typing import Literal
 
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
 from es_engine.config.comparison import Setting
-from es_engine.run_folder import RunFolder, is_free, write_text
+from es_engine.run_folder import RunFolder, is_free, refuse_ways_out, write_text
 from rewards.base import Example, Task
 
 Purpose = Literal["tuning", "final"]
@@ -147,6 +147,7 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     """
     file = folder / CONFIG_FILE
     if file.is_file():
+        refuse_ways_out(folder)
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
         if load_comparison(file).model_copy(update=free) != comparison:
             raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")

@@ -13,7 +13,14 @@ from es_engine.config.comparison import (
 )
 from es_engine.config.engine import EngineConfig, HfEngineConfig, SimulatedEngineConfig, VllmEngineConfig
 from es_engine.config.evaluation import EvaluationConfig
-from es_engine.config.loading import dump_config, load_config, load_task, parse_config, task_kinds
+from es_engine.config.loading import (
+    dump_config,
+    load_config,
+    load_resolved,
+    load_task,
+    parse_config,
+    task_kinds,
+)
 from es_engine.config.method import (
     DpoMethodConfig,
     EsMethodConfig,
@@ -98,6 +105,7 @@ __all__ = [
     "field_docs",
     "load_comparison",
     "load_config",
+    "load_resolved",
     "load_task",
     "on_other_task",
     "parse_comparison",

@@ -19,6 +19,9 @@ from es_engine.config.stage import StageConfig
 from es_engine.config.tasks import TaskConfig, TaskConfigModel
 from rewards.base import DIALECTS
 
+MOST_BYTES = 1 << 18
+"""Of a config file."""
+
 Tree = dict[str, Any]
 Place = Callable[[str], str]  # from the name of a file to where it is
 
@@ -30,6 +33,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     those of overrides start. Raises ConfigError.
     """
     return parse_config(merge(read_tree(Path(path)), override_tree(overrides)))
+
+
+def load_resolved(path: Path) -> Config:
+    """The configuration of a file as `dump_config` writes it, and nothing beside it: such a file extends no other.
+    Raises ConfigError."""
+    tree = yaml_text.parse(read_text(path), str(path))
+    return parse_config(with_absolute_paths(tree, path.parent) if isinstance(tree, dict) else tree)
 
 
 def load_task(target: str, overrides: Sequence[str] = ()) -> TaskConfigModel:
@@ -97,9 +107,14 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> Tree:
 def read_text(path: Path) -> str:
     """What a config file holds. Raises ConfigError."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from error
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{path}: the config file is larger than {MOST_BYTES} bytes")
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the config file is not UTF-8 text") from error
 

@@ -18,7 +18,7 @@ from es_engine.config.base import (
     problem,
 )
 
-_ADDRESS = re.compile(r"auto|(ray://)?[^\s/]+:\d+")
+_ADDRESS = re.compile(r"auto|(ray://)?[^\s/@]+:\d+")
 
 
 class WorkerRangeConfig(ConfigModel):

@@ -56,6 +56,13 @@ class Config(AxesConfig):
         """The stages, each as the config of a run that has none; of a run without stages it is the config itself."""
         return tuple(map(self._stage, range(len(self.stages)))) or (self,)
 
+    def stage_after(self, begun: int) -> Config:
+        """The stage that is under way where so many have begun; the first before that. Raises ValueError where there
+        are fewer."""
+        if begun > len(self.stages):
+            raise ValueError(f"stages: {begun} of them have begun, and the config has {len(self.stages)}")
+        return self.by_stage[max(0, begun - 1)]
+
     def _stage(self, number: int) -> Config:
         stage = self.stages[number]
         config = self.model_copy(

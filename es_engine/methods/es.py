@@ -141,9 +141,13 @@ class EvolutionStrategies:
         return Estimate(direction, record, costs)
 
     def replay(self, record: dict[str, Any], noise_sum: NoiseSum) -> Vector | None:
-        """The direction of a recorded generation, bit for bit, from the noise alone."""
-        generation, sigma = record["step"], record["sigma"]
-        chunks = self.chunks(generation, sigma)
+        """The direction of a recorded generation, bit for bit, from the noise alone. Raises ValueError for a record of
+        something else."""
+        generation, sigma = record["step"], record.get("sigma")
+        chunks = self.chunks(generation, sigma or 0.0)
+        members, absent = len(_compared(record)), record.get("absent", [])
+        if sigma is None or members != self.config.population or not set(absent) < set(range(len(chunks))):
+            raise ValueError(f"ledger: step {generation} is no generation of {self.config.population} members")
         return self._combine(
             chunks,
             record,
@@ -193,8 +197,7 @@ class EvolutionStrategies:
         noise_sums: Callable[[Sequence[tuple[Chunk, list[float]]]], Iterable[Vector]],
     ) -> Vector | None:
         everyone = [member for chunk in chunks for member in chunk.members]
-        compared = record["fitness"] if "fitness" in record else record["rewards"]
-        fitness = whole_pairs(np.array(compared, dtype=np.float64), everyone)
+        fitness = whole_pairs(np.array(_compared(record), dtype=np.float64), everyone)
         weights = shaping.shape(fitness, self.config.shaping)
         if weights is None:
             return None
@@ -209,6 +212,12 @@ class EvolutionStrategies:
         present = int((~np.isnan(shaping.fitness(fitness))).sum())
         total *= np.float32(sigma / present)
         return total
+
+
+def _compared(record: dict[str, Any]) -> list[list[float | None]]:
+    """What members were compared by, for each member and problem."""
+    found: list[list[float | None]] = record["fitness"] if "fitness" in record else record.get("rewards", [])
+    return found
 
 
 def _fault_of_noise(dim: int, reply: WeightedNoise) -> str | None:

@@ -34,10 +34,20 @@ class TorchOptimizer:
         found = self._optimizer.state_dict()["state"].get(0, {})
         return {name: torch.as_tensor(value).clone() for name, value in found.items() if value is not None}
 
+    def takes(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Could `state` have given this, before a first step or later? What came before is forgotten."""
+        nothing = np.zeros(len(self._anchor), dtype=np.float32)
+        self.step(nothing, nothing, 0.0)
+        return not tensors or _shapes(tensors) == _shapes(self.state())
+
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave."""
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({**whole, "state": {0: tensors} if tensors else {}})
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def build_optimizer(config: OptimizerConfig, start: Vector) -> TorchOptimizer:

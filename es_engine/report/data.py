@@ -16,11 +16,11 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.config import yaml_text
+from es_engine.config import dump_config
 from es_engine.config.base import flat
 from es_engine.costs import Measure
 from es_engine.ledger import LedgerReader, Line
-from es_engine.run_folder import RunFolder
+from es_engine.run_folder import RunFolder, refuse_ways_out
 
 Array = npt.NDArray[np.float64]
 
@@ -100,9 +100,7 @@ class RunReader:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError if the folder holds no run."""
-        self.folder = RunFolder(path)
-        if not self.folder.config_file.is_file():
-            raise ValueError(f"{path}: not a run folder (it has no config.yaml)")
+        self.folder = RunFolder.existing(path)
         self._ledger = LedgerReader(self.folder.ledger_file)
         self._evaluations = LedgerReader(self.folder.eval_file)
         self._evaluated: dict[int, Line] = {}
@@ -110,21 +108,21 @@ class RunReader:
         self._failures: Counter[str] = Counter()
 
     def read(self) -> RunData:
-        """The run as it is now. Raises ValueError if its files are damaged."""
+        """The run as it is now. Raises ValueError if its files are damaged, or lead elsewhere by now."""
+        refuse_ways_out(self.folder.path)
         finished = self.folder.adapter.is_dir()
         self._evaluated |= {line["step"]: line for line in self._evaluations.new_lines()}
         for line in self._ledger.new_lines():  # after the evaluations, so that the steps before them are there
             if line["kind"] == "generation":
                 self._steps.append(step_figures(line))
                 self._failures.update(_failures(line))
-        text = self.folder.config_file.read_text()
-        config = yaml_text.parse(text, str(self.folder.config_file))
+        config = self.folder.load_config()
         steps = len(self._steps)
         return RunData(
-            name=_name(self.folder.path.resolve().name, config["name"]),
+            name=_name(self.folder.path.resolve().name, config.name),
             path=self.folder.path,
-            config=config,
-            config_text=text,
+            config=config.model_dump(mode="json"),
+            config_text=dump_config(config),
             finished=finished,
             figures=_columns(self._steps),
             spent={"steps": np.arange(steps + 1, dtype=np.float64), **{each: self._spent(each) for each in MEASURES}},
@@ -149,14 +147,17 @@ def read_run(path: Path) -> RunData:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among paths, and those below the others. A folder may still be empty, or not be there."""
-    found: list[Path] = []
-    for path in paths:
+    """The run folders among paths, and those below the others, where links are not followed. A folder may still be
+    empty, or not be there."""
+    found: dict[Path, None] = {}
+    todo = list(paths)[::-1]
+    while todo:
+        path = todo.pop()
         if _is_run(path):
-            found.append(path)
+            found[path] = None
         elif path.is_dir():
-            found += find_runs(sorted(path.iterdir()))
-    return list(dict.fromkeys(found))
+            todo += sorted((inner for inner in path.iterdir() if not inner.is_symlink()), reverse=True)
+    return list(found)
 
 
 def group_runs(runs: Sequence[RunData]) -> list[RunGroup]:

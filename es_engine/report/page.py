@@ -89,7 +89,7 @@ def content(
     return {
         "title": title,
         "subtitle": subtitle(runs),
-        "problems": list(problems),
+        "problems": [*problems, *kept["problems"]],
         "axes": AXES,
         "axis": over or usual_axis(groups),
         "groups": [{"label": group.label, "runs": list(group.run_labels)} for group in groups],

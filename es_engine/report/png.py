@@ -20,6 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508e", "#8a6d00", "#3a9bd1", "#5
 MARKERS = "osD^XP*"
 DASHES = ("-", "--", ":")
 MARKED_POINTS = 14
+LONGEST_NAME = 50  # characters, of up to four bytes each
 
 
 def write_pngs(folder: Path, plots: Sequence[Plot | Bars], over: str) -> list[Path]:
@@ -91,5 +92,5 @@ def _literal(text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name of a file."""
-    return re.sub(r"[^\w-]+", "_", name)
+    """A name of a file, or of as much of it as a file system takes."""
+    return re.sub(r"[^\w-]+", "_", name)[:LONGEST_NAME]

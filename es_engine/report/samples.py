@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from es_engine.ledger_lines import check_sample
 from es_engine.report.data import RunData, RunGroup
 
 ROOM = 4_000_000
 """Most bytes of samples in a report, about."""
+
+LONGEST_LINE = 1 << 26
+"""Bytes of a sample."""
 
 LONGEST = 6_000
 """Most characters of a text; of a longer one the beginning and the end are kept."""
@@ -28,14 +33,26 @@ Rows = list[dict[str, Any]]
 
 def samples(groups: Sequence[RunGroup], room: int = ROOM) -> dict[str, Any]:
     """Of each run the evaluations, by step, that were kept, and how many rows there are; texts that occur in many rows,
-    such as prompts, are places in `texts`."""
+    such as prompts, are places in `texts`. Of a run whose samples are damaged there are none, and a sentence in
+    `problems` says so."""
     texts: dict[str, int] = {}
+    problems: list[str] = []
     named = [each for group in groups for each in zip(group.run_labels, group.runs, strict=True)]
     share = room // max(1, len(named))
-    return {"runs": [_of_run(label, run, share, texts) for label, run in named], "texts": list(texts)}
+    kept = [_of_run(label, run, share, texts, problems) for label, run in named]
+    return {"runs": kept, "texts": list(texts), "problems": problems}
 
 
-def _of_run(label: str, run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
+def _of_run(label: str, run: RunData, room: int, texts: dict[str, int], problems: list[str]) -> dict[str, Any]:
+    try:
+        found = _kept(run, room, texts)
+    except ValueError as error:
+        problems.append(str(error))
+        found = {"rows": 0, "evaluations": 0, "steps": {}}
+    return {"name": label, **found}
+
+
+def _kept(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
     steps = [line["step"] for line in run.evaluations if run.samples_file(line["step"]).is_file()]
     kept: dict[int, Rows] = {}
     total = 0
@@ -50,7 +67,6 @@ def _of_run(label: str, run: RunData, room: int, texts: dict[str, int]) -> dict[
         for step in (between[place] for place in _evenly(len(between), fitting)):
             kept[step] = _at(places, _read(run.samples_file(step)))
     return {
-        "name": label,
         "rows": total,
         "evaluations": len(steps),
         "steps": {str(step): [_compact(row, texts) for row in rows] for step, rows in sorted(kept.items())},
@@ -58,12 +74,13 @@ def _of_run(label: str, run: RunData, room: int, texts: dict[str, int]) -> dict[
 
 
 def _read(path: Path) -> Rows:
-    """The rows of a file of samples, texts shortened, and numbered where a problem has several."""
+    """The rows of a file of samples, texts shortened, and numbered where a problem has several. Raises ValueError for a
+    line that is none."""
     rows = []
     seen: dict[str, int] = {}
-    with path.open() as file:
-        for line in file:
-            row = json.loads(line)
+    with path.open("rb") as file:
+        for place, raw in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
+            row = _row(raw, f"{path}: line {place}")
             number = seen[row["id"]] = seen.get(row["id"], -1) + 1
             rows.append(
                 {
@@ -79,6 +96,15 @@ def _read(path: Path) -> Rows:
                 }
             )
     return rows
+
+
+def _row(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(raw)
+        check_sample(row)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no completion of an evaluation ({error})") from None
+    return row
 
 
 def _compact(row: dict[str, Any], texts: dict[str, int]) -> dict[str, Any]:

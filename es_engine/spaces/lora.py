@@ -14,7 +14,9 @@ numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,15 @@ Factor = Literal["A", "B"]
 Train = Literal["A", "B", "AB"]
 Units = Literal["weight", "raw"]
 
-NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+PLAIN_FIELDS = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "ensure_weight_tying", "init_lora_weights"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+    }
+)
+"""Of PEFT's LoraConfig, what leaves an adapter plain, whatever it says. Any other field must say nothing."""
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """The choices of PEFT's `init_lora_weights` that leave the base model as it is."""
 
@@ -236,13 +246,17 @@ def load_adapter(folder: Path, matrices: Sequence[Matrix], rank: int, alpha: flo
     config = adapter_config(folder)
     if config["r"] != rank:
         raise ValueError(f"space.rank: {folder} has rank {config['r']}, not {rank}")
-    tensors = _load_tensors(folder / "adapter_model.safetensors")
-    wanted = {_key(matrix.name, factor) for matrix in matrices for factor in ("A", "B")}
-    if wanted != set(tensors):
-        odd = sorted(wanted ^ set(tensors))[0]
-        raise ValueError(f"space.targets: {folder} does not adapt the same matrices: {odd} is in one and not the other")
     rescale = np.float32(float(config["lora_alpha"]) / alpha)
-    return tuple(_pair(tensors, matrix, rank, rescale) for matrix in matrices)
+    with _opened(folder) as tensors:
+        wanted = {_key(matrix.name, factor) for matrix in matrices for factor in ("A", "B")}
+        if wanted != set(tensors.keys()):
+            odd = sorted(wanted ^ set(tensors.keys()))[0]
+            raise ValueError(
+                f"space.targets: {folder} does not adapt the same matrices: {odd} is in one and not the other"
+            )
+        for matrix in matrices:  # before any of them is read
+            _check_shapes(tensors, matrix, rank)
+        return tuple(_pair(tensors, matrix, rescale) for matrix in matrices)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -252,12 +266,17 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the file is damaged, it is not JSON ({error})") from error
-    if config.get("peft_type") != "LORA" or any(config.get(field) for field in NOT_PLAIN):
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: only plain LoRA adapters are accepted, and it is not of peft_type LORA")
+    if odd := next((field for field, value in config.items() if _changes(field, value)), None):
         raise ValueError(
-            f"{path}: only plain LoRA adapters are accepted (no DoRA, rsLoRA or ranks and alphas of single modules)"
+            f"{path}: only plain LoRA adapters are accepted (no DoRA, rsLoRA or ranks and alphas of single modules), "
+            f"and it has {odd}: {config[odd]!r:.60}"
         )
+    if not (_is_count(config.get("r")) and _is_positive(config.get("lora_alpha"))):
+        raise ValueError(f"{path}: r and lora_alpha must be a whole number of at least 1, and a number above 0")
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise ValueError(
             f"{path}: its init_lora_weights, {config['init_lora_weights']!r}, changes the base model as well; convert "
@@ -269,19 +288,36 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def adapted_modules(folder: Path) -> tuple[str, ...]:
     """The names of the modules that a PEFT LoRA adapter changes, sorted. Raises ValueError if it is not one."""
     adapter_config(folder)
-    keys = _load_tensors(folder / "adapter_model.safetensors")
+    with _opened(folder) as tensors:
+        keys = list(tensors.keys())
     prefix, suffix = _key("", "A").split("..", 1)
     return tuple(
         sorted(key.removeprefix(f"{prefix}.").removesuffix(f".{suffix}") for key in keys if key.endswith(suffix))
     )
 
 
-def _load_tensors(path: Path) -> dict[str, Array]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file  # numpy has no bfloat16
+def _changes(field: str, value: Any) -> bool:
+    """Does a field of an adapter's config make it more than a plain LoRA?"""
+    return bool(value) and field not in PLAIN_FIELDS and (field, value) != ("bias", "none")
 
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    """An adapter's tensors, of which only those that are asked for are read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter_model.safetensors"
     try:
-        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as tensors:  # numpy has no bfloat16
+            yield tensors
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
@@ -293,13 +329,19 @@ def _sort_targets(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def _pair(tensors: Mapping[str, Array], matrix: Matrix, rank: int, rescale: np.float32) -> Pair:
-    a, b = tensors[_key(matrix.name, "A")], tensors[_key(matrix.name, "B")]
-    if a.shape != (rank, matrix.in_features) or b.shape != (matrix.out_features, rank):
+def _check_shapes(tensors: Any, matrix: Matrix, rank: int) -> None:
+    a, b = (tuple(tensors.get_slice(_key(matrix.name, factor)).get_shape()) for factor in ("A", "B"))
+    if a != (rank, matrix.in_features) or b != (matrix.out_features, rank):
         raise ValueError(
-            f"space.init: {matrix.name} has A {a.shape} and B {b.shape} in the adapter, but the model wants "
+            f"space.init: {matrix.name} has A {a} and B {b} in the adapter, but the model wants "
             f"({rank}, {matrix.in_features}) and ({matrix.out_features}, {rank})"
         )
+
+
+def _pair(tensors: Any, matrix: Matrix, rescale: np.float32) -> Pair:
+    a, b = (tensors.get_tensor(_key(matrix.name, factor)).float().numpy() for factor in ("A", "B"))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"space.init: {matrix.name} has numbers in the adapter that are infinite, or none")
     return Pair(a=a, b=b * rescale)
 
 

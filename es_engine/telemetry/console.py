@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from es_engine.telemetry.base import Line, Telemetry
+from es_engine.text import discreet, visible
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 60
@@ -36,7 +37,7 @@ class LineTelemetry:
         self.message(evaluation_text(line))
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(_told(text), soft_wrap=True)
 
     def close(self, error: BaseException | None = None) -> None:
         """Nothing is held open."""
@@ -63,13 +64,17 @@ class LiveTelemetry:
         self._live.update(Group(figures_table(line), course, self._progress), refresh=True)
 
     def evaluation(self, line: Line) -> None:
-        self._console.print(Text(evaluation_text(line), "bold"))
+        self._console.print(_told(evaluation_text(line), "bold"))
 
     def message(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(_told(text))
 
     def close(self, error: BaseException | None = None) -> None:
         self._live.stop()
+
+
+def _told(text: str, style: str = "") -> Text:
+    return Text(visible(discreet(text)), style)
 
 
 def generation_title(line: Line) -> str:
@@ -140,7 +145,7 @@ def _interval(bounds: Sequence[float] | None) -> str:
 def figures_table(line: Line) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, _ in figures(line):
-        table.add_column(name, justify="right")
+        table.add_column(_told(name), justify="right")
     table.add_row(*(value for _, value in figures(line)))
     return table
 

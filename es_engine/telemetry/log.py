@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from es_engine.telemetry.base import Line, numbers
 from es_engine.telemetry.console import evaluation_text, generation_title
+from es_engine.text import discreet
 from workers.pool import Notice
 
 LOG = "log.jsonl"
+LONGEST_LINE = 1 << 20
+LONGEST_ERROR = 2000
 
 
 class LogTelemetry:
@@ -53,19 +57,31 @@ class LogTelemetry:
 
     def _write(self, level: Literal["info", "warning", "error"], message: str, **fields: object) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        head = {"time": now, "level": level, "run": self._run, "generation": self._done, "message": message}
-        self._file.write(json.dumps(head | fields, ensure_ascii=False).encode() + b"\n")
+        told = discreet(message)
+        head = {"time": now, "level": level, "run": self._run, "generation": self._done, "message": told}
+        # Halves of surrogate pairs, which are no UTF-8, become the escapes that JSON has for them.
+        self._file.write(json.dumps(head | fields, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def last_error(run_dir: Path) -> str | None:
-    """What ended the last process that trained a run, None if it was no error; of a run without a log, None too."""
+    """What ended the last process that trained a run, None if it was no error; of a run without a log, None too. Lines
+    that are no log's are passed over."""
     path = run_dir / LOG
     if not path.is_file():
         return None
     last: str | None = None
     with path.open("rb") as file:
-        for raw in file:
-            if raw.endswith(b"\n") and (b'"starts": true' in raw or b'"level": "error"' in raw):
-                line = json.loads(raw)
-                last = line["message"] if line["level"] == "error" else None
+        for raw in iter(partial(file.readline, LONGEST_LINE), b""):
+            if b'"starts": true' in raw or b'"level": "error"' in raw:
+                line = _parsed(raw)
+                if line.get("starts") or line.get("level") == "error":
+                    last = str(line.get("message"))[:LONGEST_ERROR] if line.get("level") == "error" else None
     return last
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return line if isinstance(line, dict) else {}
