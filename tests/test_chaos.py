@@ -26,6 +26,7 @@ from es_engine.config import Config, VllmEngineConfig, parse_config
 from es_engine.ledger import Ledger, LedgerReader, first_difference
 from es_engine.trainer import train
 from workers import pool
+from workers.cluster import living_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -86,7 +87,7 @@ class Nodes:
             self.join()
         while len(self.workers) > nodes:
             self.lose()
-        while len(pool.living_nodes()) != 1 + nodes:
+        while len(living_nodes()) != 1 + nodes:
             time.sleep(0.1)
 
     def close(self) -> None:

@@ -11,8 +11,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from es_engine.config import parse_config
+from workers import cluster as clusters
 from workers import pool as pools
-from workers.pool import Call, Pool
+from workers.calls import Call
+from workers.pool import Pool
 
 Behaviour = Callable[[int, str, tuple[Any, ...]], tuple[float, Any]]
 """(number of the process, method, arguments) to the seconds that a task takes and its result, or how it ends."""
@@ -141,7 +143,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Pool, Cluster,
         behave: Behaviour, engine: dict[str, Any] | None = None, **fields: Any
     ) -> tuple[Pool, Cluster, Notices]:
         cluster, notices = Cluster(behave), Notices()
-        monkeypatch.setattr(pools, "ray", cluster)
+        for module in (clusters, pools):
+            monkeypatch.setattr(module, "ray", cluster)
         monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
         config = parse_config(
             {

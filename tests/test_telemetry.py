@@ -32,8 +32,8 @@ from es_engine.telemetry.metrics import METRICS
 from es_engine.telemetry.mlflow import metric_name
 from es_engine.telemetry.prometheus import PrometheusTelemetry
 from es_engine.telemetry.tensorboard import TensorBoardTelemetry
+from workers.calls import Call, Notice
 from workers.canary import CanaryReport
-from workers.pool import Call, Notice
 
 EVALUATION: dict[str, Any] = {
     **EvaluationLine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,16 @@ def plan_places(config: Config, nodes: dict[str, dict[str, float]], on_gpu: bool
         for node, seats in by_cpu.items()
         for seat in range(seats)
     ]
+
+
+def free_places(places: Sequence[Place], taken: Sequence[Place]) -> list[Place]:
+    """The places that are not taken, in their order; the same one may be there for several."""
+    left, free = Counter(taken), []
+    for place in places:
+        left[place] -= 1
+        if left[place] < 0:
+            free.append(place)
+    return free
 
 
 def _shared_places(nodes: Sequence[str], workers: int, per_process: int) -> list[Place]:

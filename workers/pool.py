@@ -8,15 +8,8 @@ no state of the run.
 from __future__ import annotations
 
 import math
-import os
-import signal
-import socket
-import statistics
-import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -32,9 +25,11 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from es_engine.config import Config, SimulatedEngineConfig
+from es_engine.config import SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
-from workers.places import Place, bounds, plan_places
+from workers.calls import Call, Notice, Round
+from workers.cluster import connect, environment, living_nodes, uses_gpus
+from workers.places import Place, bounds, free_places, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
 if TYPE_CHECKING:
@@ -45,80 +40,7 @@ NODES_S = 5.0
 """How often the cluster is asked for its nodes."""
 NOTICE_S = 60.0
 NOTICES = 8  # at once: a screen, not hundreds of lines
-KNOCK_S = 10.0
-LATE = 3.0
-"""A call is late when it has run this many times as long as the median of those of its round that are done; it may
-then be given to an idle worker as well. A chunk has hundreds of rollouts, so that those of one round take about the
-same time, and what takes three times as long is slow because of its worker."""
-LATE_S = 1.0
-"""No call is late before."""
 DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
-PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best,
-    `chunk` the number of the chunk that it is about.
-
-    `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
-    goes to another.
-    """
-
-    name: str
-    method: str
-    arguments: tuple[Any, ...]
-    preferred: int | None = None
-    chunk: int | None = None
-    fault: Callable[[Any], str | None] = lambda _: None
-
-
-class Notice(str):
-    """A sentence about the pool for people; `about` says for programs which worker, call and chunk it is about."""
-
-    about: Mapping[str, int | str]
-
-    def __new__(cls, text: str, worker: int, call: Call | None = None) -> Notice:
-        notice = super().__new__(cls, text)
-        named = {} if call is None else {"call": call.name, "chunk": call.chunk}
-        notice.about = {"worker": worker, **{name: value for name, value in named.items() if value is not None}}
-        return notice
-
-
-class _Round:
-    """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
-    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self.waiting: defaultdict[int | None, deque[int]] = defaultdict(deque)
-        self.results: dict[int, Any] = {}
-        self.took: list[float] = []
-        self.repeated: set[int] = set()
-        self.deaths: Counter[int] = Counter()
-        for number, call in enumerate(calls):
-            self.waiting[call.preferred].append(number)
-
-    def take(self, worker: int, on_time: AbstractSet[int | None]) -> int | None:
-        """Take out the first waiting call that prefers this worker, or else that no worker which is on time is
-        preferred for."""
-        candidates = [worker] if worker in self.waiting else [other for other in self.waiting if other not in on_time]
-        if not candidates:
-            return None
-        preferred = min(candidates, key=lambda other: self.waiting[other][0])
-        number = self.waiting[preferred].popleft()
-        if not self.waiting[preferred]:
-            del self.waiting[preferred]
-        return number
-
-    def put_back(self, number: int) -> None:
-        """Have a call given out again, before the others that prefer the same worker."""
-        self.waiting[self.calls[number].preferred].appendleft(number)
-
-    @property
-    def late_after(self) -> float:
-        """Seconds after which a call is late."""
-        return max(LATE_S, LATE * statistics.median(self.took)) if self.took else math.inf
 
 
 @dataclass(slots=True)
@@ -131,7 +53,7 @@ class _Seat:
     actor: Any = None
     setup: Any = None
     task: Any = None
-    round: _Round | None = None
+    round: Round | None = None
     number: int = -1
     since: float = 0.0
     noticed: float = 0.0
@@ -168,7 +90,7 @@ class Pool:
         self._notify = notify
         self._config = setup.config
         self._pool = setup.config.pool
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._seats: list[_Seat] = []
         self._shared: dict[tuple[str, int], Any] = {}
         self._barred: set[str] = set()
@@ -177,7 +99,7 @@ class Pool:
         try:
             self._setup = ray.put(setup)
             nodes = living_nodes()
-            self._on_gpu = _uses_gpus(self._config) and any(each.get("GPU", 0) >= 1 for each in nodes.values())
+            self._on_gpu = uses_gpus(self._config) and any(each.get("GPU", 0) >= 1 for each in nodes.values())
             places = self._places(nodes)
             self._fewest, self._most = bounds(self._pool)
             if len(places) < self._fewest:
@@ -219,7 +141,7 @@ class Pool:
     def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
         """The same, but once the calls that are done (their numbers) are `enough`, the others are waited for
         `pool.straggler_s` and no longer; the results of those that are given up are None."""
-        todo = self._round = _Round(calls)
+        todo = self._round = Round(calls)
         enough_since = math.inf
         try:
             while len(todo.results) < len(calls):
@@ -282,7 +204,7 @@ class Pool:
             "num_gpus": place.gpus,
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False),
-            "runtime_env": {"env_vars": _environment(self._pool.threads)},
+            "runtime_env": {"env_vars": environment(self._pool.threads)},
         }
         if place.shared is None:
             return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores)
@@ -320,7 +242,7 @@ class Pool:
 
     # --- calls
 
-    def _give_work(self, todo: _Round) -> None:
+    def _give_work(self, todo: Round) -> None:
         idle = [seat for seat in self._seats if seat.task is None]
         if not idle:
             return
@@ -410,7 +332,7 @@ class Pool:
         if todo is not None and todo is self._round:
             self._retry(seat, todo, number, reason)
 
-    def _retry(self, seat: _Seat, todo: _Round, number: int, reason: str) -> None:
+    def _retry(self, seat: _Seat, todo: Round, number: int, reason: str) -> None:
         """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._pool.retries:
@@ -426,7 +348,7 @@ class Pool:
             todo.repeated.discard(number)
             todo.put_back(number)
 
-    def _tell_given_up(self, todo: _Round) -> None:
+    def _tell_given_up(self, todo: Round) -> None:
         names = [call.name for number, call in enumerate(todo.calls) if number not in todo.results]
         self._notify(f"going on without {len(names)} of {len(todo.calls)} calls: {', '.join(names[:NOTICES])}")
 
@@ -439,21 +361,12 @@ class Pool:
     def _place_for(self, seat: _Seat) -> Place | None:
         """Where a worker that lost its process goes on: where it was, or elsewhere if its node is gone or it died there
         before it had started."""
-        free = self._free(self._places(living_nodes()), without=seat)
+        taken = [other.place for other in self._seats if other is not seat]
+        free = free_places(self._places(living_nodes()), taken)
         elsewhere = [place for place in free if place.node != seat.place.node]
         if seat.place in free and not (seat.failed_starts and elsewhere):
             return seat.place
         return next(iter([*elsewhere, *free]), None)
-
-    def _free(self, places: Sequence[Place], without: _Seat | None = None) -> list[Place]:
-        """The places that nobody has, in their order; the same one may be there for several."""
-        taken = Counter(seat.place for seat in self._seats if seat is not without)
-        free = []
-        for place in places:
-            taken[place] -= 1
-            if taken[place] < 0:
-                free.append(place)
-        return free
 
     def _others_than(self, node: str) -> bool:
         """Whether there are other nodes, on which the run can go on."""
@@ -470,7 +383,7 @@ class Pool:
         """Have workers begin where there is room, as many as there may be; how many."""
         numbers = (index for index in count() if all(seat.index != index for seat in self._seats))
         room = int(min(self._most, len(places))) - len(self._seats)
-        free = self._free(places)[: max(0, room)]
+        free = free_places(places, [seat.place for seat in self._seats])[: max(0, room)]
         for place in free:
             self._seats.append(_Seat(next(numbers), place))
             self._start(self._seats[-1])
@@ -520,63 +433,3 @@ class Pool:
             self._looked = now
             self._look_for_nodes()
         self._check_strength(now)
-
-
-def connect(address: str | None) -> bool:
-    """Join the cluster at `address`, or start a local one; True if one was started.
-
-    Raises ValueError for a bad address.
-    """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    _initialise(address)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it for itself, and dies of it with a stack trace
-    return address is None
-
-
-def _initialise(address: str | None) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return
-    try:
-        _knock(address)
-        ray.init(address=address, **quiet)
-    except OSError as error:  # ConnectionError and time-outs
-        raise ValueError(
-            f"pool.address: no Ray cluster answers at {address}; start one or use null for a local one"
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port, which Ray itself would only find out after minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def living_nodes() -> dict[str, dict[str, float]]:
-    """The resources of the cluster's living nodes, by id."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-
-
-def _uses_gpus(config: Config) -> bool:
-    import torch
-
-    return torch.version.cuda is not None and not (config.engine.kind == "hf" and config.engine.device == "cpu")
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        # Spinning threads would take the cores from Ray's own processes.
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
-    }

@@ -18,8 +18,8 @@ from es_engine.costs import Costs
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner
 from rewards.base import NO_SCORE
+from workers.calls import Call
 from workers.chunks import Chunk, ChunkResult, Problem, absent, by_verifier, fault_of
-from workers.pool import Call
 
 Array = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from es_engine.telemetry.base import Line, numbers
 from es_engine.telemetry.console import evaluation_text, generation_title
-from workers.pool import Notice
+from workers.calls import Notice
 
 LOG = "log.jsonl"
 

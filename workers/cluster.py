@@ -1,0 +1,78 @@
+"""The Ray cluster that workers run on: joining it, the nodes that it has, and what processes there inherit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import ray
+
+from es_engine.config import Config
+
+KNOCK_S = 10.0
+PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start a local one; True if one was started.
+
+    Raises ValueError for a bad address.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    _initialise(address)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it for itself, and dies of it with a stack trace
+    return address is None
+
+
+def _initialise(address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    try:
+        _knock(address)
+        ray.init(address=address, **quiet)
+    except OSError as error:  # ConnectionError and time-outs
+        raise ValueError(
+            f"pool.address: no Ray cluster answers at {address}; start one or use null for a local one"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at host:port, which Ray itself would only find out after minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+
+
+def living_nodes() -> dict[str, dict[str, float]]:
+    """The resources of the cluster's living nodes, by id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def uses_gpus(config: Config) -> bool:
+    """Whether workers want GPUs where there are some."""
+    import torch
+
+    return torch.version.cuda is not None and not (config.engine.kind == "hf" and config.engine.device == "cpu")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment variables of a worker that uses so many threads."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Spinning threads would take the cores from Ray's own processes.
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+    }
