@@ -23,7 +23,7 @@ from es_engine.costs import Costs
 
 Line = dict[str, Any]
 
-WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative"})
+WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative", "rescored"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
 

@@ -245,7 +245,7 @@ def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledg
     generations = config.budget.generations
     return {
         **{key: line[key] for key in ("step", "reward_mean", "accuracy", "components", "rollouts")},
-        **{key: line[key] for key in ("tokens", "lr", "failures")},
+        **{key: line[key] for key in ("tokens", "lr", "failures", "rescored")},
         **{key: line.get(key) for key in ("reward_best", "fitness_spread", "constant_members", "sigma")},
         "prompt_tokens": line.get("prompt_tokens", 0),
         "learning": line.get("learning", {}),

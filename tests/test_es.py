@@ -266,6 +266,7 @@ def test_the_record_tells_the_generation() -> None:
         "truncated": 2,
         "looped": 4,
         "failures": {"mine": {"no score": 0}},
+        "rescored": 0,
         "workers": [0, 0],
     }
     assert {key: found.record[key] for key in expected} == expected

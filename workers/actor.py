@@ -125,11 +125,12 @@ class Worker:
         written = time.perf_counter()
         if ahead is not None:
             self._engine.prepare(*ahead)
-        failures = Counter(self._scorer.failures)
+        failures, rescored = Counter(self._scorer.failures), self._scorer.rescored
         found = self._roll_out(chunk, batch)
         scored = time.perf_counter()
         result = collect(chunk, found)
         result.failures = dict(Counter(self._scorer.failures) - failures)
+        result.rescored = self._scorer.rescored - rescored
         result.seconds = {
             "slots": written - started,
             "generate": scored - found.waited - written,

@@ -102,6 +102,7 @@ def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
         "failures": failures_by_verifier(results),
+        "rescored": sum(result.rescored for result in results),
         "times": _phase_times(results),
     }
 
