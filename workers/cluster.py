@@ -1,4 +1,5 @@
-"""The Ray cluster that workers run on: joining it, the nodes that it has, and what processes there inherit."""
+"""The Ray cluster that workers run on: joining it, the nodes that it has and may get, whether its object store is full,
+and what processes there inherit."""
 
 from __future__ import annotations
 
@@ -6,13 +7,17 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from es_engine.config import Config
 
 KNOCK_S = 10.0
+FULL = (ObjectStoreFullError, OutOfDiskError)
+"""An object finds no room: a node's object store is full, and so is the disk that Ray would spill to."""
 PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "VLLM_LOGGING_LEVEL")
 
 
@@ -57,11 +62,28 @@ def living_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def uses_gpus(config: Config) -> bool:
-    """Whether workers want GPUs where there are some."""
+def found_no_room(error: Exception) -> bool:
+    """Whether that ended a task, or what was done with its answer."""
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, FULL)
+
+
+def ask_autoscaler(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Have the cluster's autoscaler keep nodes on which all these bundles of resources find room at once, what is in
+    use included; none takes the request back. A cluster has one request, the last; without an autoscaler nobody reads
+    it."""
+    from ray.autoscaler.sdk import request_resources  # only where it is wanted: it imports a lot
+
+    request_resources(bundles=[dict(each) for each in bundles])
+
+
+def on_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the workers run on GPUs: the engine can, and a node has one, or no node can hold any worker yet."""
     import torch
 
-    return torch.version.cuda is not None and not (config.engine.kind == "hf" and config.engine.device == "cpu")
+    if torch.version.cuda is None or (config.engine.kind == "hf" and config.engine.device == "cpu"):
+        return False
+    have_gpu = any(each.get("GPU", 0) >= 1 for each in nodes.values())
+    return have_gpu or all(each.get("CPU", 0) < 1 for each in nodes.values())
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -33,6 +33,14 @@ def bounds(pool: PoolConfig) -> tuple[int, float]:
     return pool.workers.min, pool.workers.max
 
 
+def bundles(pool: PoolConfig, on_gpu: bool) -> list[dict[str, float]]:
+    """What the most workers take together, each its share of one node; nothing where `pool.workers` sets no bounds."""
+    if isinstance(pool.workers, int | str):
+        return []
+    gpus = {"GPU": float(pool.tensor_parallel)} if on_gpu else {}
+    return [{"CPU": float(pool.threads), **gpus} for _ in range(pool.workers.max)]
+
+
 def plan_places(config: Config, nodes: dict[str, dict[str, float]], on_gpu: bool) -> list[Place]:
     """All places that nodes of these resources have for workers, node by node."""
     pool = config.pool

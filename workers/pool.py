@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from es_engine.config import SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
 from workers.calls import Call, Notice, Round
-from workers.cluster import connect, environment, living_nodes, uses_gpus
-from workers.places import Place, bounds, free_places, plan_places
+from workers.cluster import FULL, ask_autoscaler, connect, environment, found_no_room, living_nodes, on_gpus
+from workers.places import Place, bounds, bundles, free_places, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 NODES_S = 5.0
 """How often the cluster is asked for its nodes."""
+ROOM_S = 600.0
+"""How long room in Ray's object store is waited for."""
 NOTICE_S = 60.0
 NOTICES = 8  # at once: a screen, not hundreds of lines
 DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
@@ -81,7 +84,8 @@ class Pool:
     def __init__(self, setup: WorkerSetup, notify: Callable[[str], None] = print) -> None:
         """Connects to Ray (or starts it) and starts the workers.
 
-        Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part.
+        Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part. With bounds, a
+        cluster that was there before is given `pool.node_timeout_s` to get nodes for the fewest.
         """
         self.restarts = 0
         self.speculative = 0
@@ -95,18 +99,18 @@ class Pool:
         self._shared: dict[tuple[str, int], Any] = {}
         self._barred: set[str] = set()
         self._short_since: float | None = None
+        self._asked_for: list[dict[str, float]] = []
         self._owns_ray = connect(self._pool.address)
         try:
-            self._setup = ray.put(setup)
+            self._setup = self.put(setup)
             nodes = living_nodes()
-            self._on_gpu = uses_gpus(self._config) and any(each.get("GPU", 0) >= 1 for each in nodes.values())
+            self._on_gpu = on_gpus(self._config, nodes)
             places = self._places(nodes)
             self._fewest, self._most = bounds(self._pool)
-            if len(places) < self._fewest:
-                kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
-                raise ValueError(
-                    f"pool.workers: the cluster has room for {len(places)} workers of {kind} each, not {self._fewest}"
-                )
+            self._check_room(len(places))
+            self._asked_for = bundles(self._pool, self._on_gpu)
+            if self._asked_for:
+                ask_autoscaler(self._asked_for)
             self._looked = time.monotonic()
             self._fill(places)
             self.workers = self._wait_for_start()
@@ -127,14 +131,16 @@ class Pool:
         return states
 
     def put(self, value: Any) -> Any:
-        """Share a value with all workers; pass what comes back as a call's argument."""
-        return ray.put(value)
+        """Share a value with all workers; pass what comes back as a call's argument. Waits while there is no room for
+        it; raises ValueError if there is none for long."""
+        return self._once_there_is_room(lambda: ray.put(value))
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
         An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
-        ValueError if there are too few workers for longer than `pool.node_timeout_s`.
+        ValueError if there are too few workers for longer than `pool.node_timeout_s`, or if Ray's object store is full
+        for long.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
@@ -163,7 +169,7 @@ class Pool:
 
         Raises ValueError if one of them cannot.
         """
-        self._setup = ray.put(setup)
+        self._setup = self.put(setup)
         for seat in self._seats:
             if seat.task is None:
                 self._assign(seat)
@@ -174,6 +180,8 @@ class Pool:
         for seat in self._seats:
             if seat.actor is not None:
                 ray.kill(seat.actor)
+        if self._asked_for:
+            ask_autoscaler([])
         if self._owns_ray:
             ray.shutdown()
 
@@ -219,9 +227,10 @@ class Pool:
     def _send(self, seat: _Seat, method: str, *arguments: Any) -> None:
         """Have a worker that does nothing begin with something."""
         if seat.place.shared is None:
-            seat.task = getattr(seat.actor, method).remote(*arguments)
+            remote = partial(getattr(seat.actor, method).remote, *arguments)
         else:
-            seat.task = seat.actor.carry_out.remote(seat.index, method, *arguments)
+            remote = partial(seat.actor.carry_out.remote, seat.index, method, *arguments)
+        seat.task = self._once_there_is_room(remote)  # Ray stores large arguments
         seat.since = seat.noticed = time.monotonic()
 
     def _wait_for_start(self) -> list[dict[str, Any]]:
@@ -295,13 +304,17 @@ class Pool:
             self.canaries[seat.index] = canary
 
     def _reply(self, seat: _Seat) -> tuple[Any] | None:
-        """What came of a worker's finished task; None if it died instead, and then all that follows is under way."""
+        """What came of a worker's finished task; None if it died instead or its answer found no room, and then all that
+        follows is under way."""
         try:
             return (ray.get(seat.task),)
         except DEATHS as death:
             self._lose(seat, type(death).__name__)
             return None
-        except RayTaskError as error:
+        except (RayTaskError, *FULL) as error:
+            if found_no_room(error):
+                self._leave_for_later(seat)
+                return None
             if isinstance(error.cause, ValueError):
                 if self._round is not None and seat.round is None and self._others_than(seat.place.node):
                     self._bar(seat, str(error.cause))
@@ -340,19 +353,65 @@ class Pool:
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
                 "pool.retries allows no more"
             )
+        self._give_again(seat, todo, number)
+
+    def _give_again(self, seat: _Seat, todo: Round, number: int, reason: str = "") -> None:
+        """Put a call back that a seat's worker was given, unless another is at it or it is done."""
         still = any(other.round is todo and other.number == number for other in self._seats)
         if number not in todo.results and not still:
             self.retries += 1
             call = todo.calls[number]
-            self._notify(Notice(f"{call.name} is given out again", seat.index, call))
+            self._notify(Notice(f"{call.name} is given out again{reason}", seat.index, call))
             todo.repeated.discard(number)
             todo.put_back(number)
+
+    # --- room in the object store
+
+    def _once_there_is_room(self, store: Callable[[], Any]) -> Any:
+        """Store something in Ray as soon as it can be; raises ValueError if it cannot for long."""
+        since: float | None = None
+        while True:
+            try:
+                return store()
+            except FULL as error:
+                now = time.monotonic()
+                if since is None:
+                    since = now
+                    self._notify(f"Ray's object store is full; room in it is waited for up to {ROOM_S:.0f} s")
+                elif now - since > ROOM_S:
+                    raise _no_room("the driver's node") from error
+                time.sleep(TICK_S)
+
+    def _leave_for_later(self, seat: _Seat) -> None:
+        """Go on with a worker whose answer found no room, and have its call given out again; raises ValueError if there
+        is no room for long."""
+        todo, number = seat.round, seat.number
+        if todo is None:
+            self._lose(seat, "Ray's object store is full")
+            return
+        seat.is_free()
+        if todo is not self._round or number in todo.results:
+            return
+        now = time.monotonic()
+        if now - todo.homeless.setdefault(number, now) > ROOM_S:
+            raise _no_room(f"node {seat.place.node[:8]}")
+        self._give_again(seat, todo, number, " (Ray's object store is full)")
+        time.sleep(TICK_S)  # there is no more room until something else is done
 
     def _tell_given_up(self, todo: Round) -> None:
         names = [call.name for number, call in enumerate(todo.calls) if number not in todo.results]
         self._notify(f"going on without {len(names)} of {len(todo.calls)} calls: {', '.join(names[:NOTICES])}")
 
     # --- nodes
+
+    def _check_room(self, room: int) -> None:
+        """Raises ValueError if there is no room for the fewest workers, unless nodes may come."""
+        nodes_may_come = not self._owns_ray and not isinstance(self._pool.workers, int | str)
+        if room < self._fewest and not nodes_may_come:
+            kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
+            raise ValueError(
+                f"pool.workers: the cluster has room for {room} workers of {kind} each, not {self._fewest}"
+            )
 
     def _places(self, nodes: dict[str, dict[str, float]]) -> list[Place]:
         usable = {node: resources for node, resources in nodes.items() if node not in self._barred}
@@ -408,7 +467,7 @@ class Pool:
         elif now - self._short_since > limit:
             raise ValueError(
                 f"pool.workers: {there_are}, and no node came in {limit:.0f} s; "
-                "once there are nodes, `es-engine resume RUN` goes on from here"
+                "once there are nodes, begin again, or `es-engine resume RUN` goes on from here"
             )
 
     def _watch(self) -> None:
@@ -433,3 +492,11 @@ class Pool:
             self._looked = now
             self._look_for_nodes()
         self._check_strength(now)
+
+
+def _no_room(where: str) -> ValueError:
+    return ValueError(
+        f"Ray's object store on {where} and the disk that it spills to have been full for {ROOM_S:.0f} s; make room "
+        "under Ray's temporary folder (/tmp/ray), or start Ray with more --object-store-memory, and `es-engine resume "
+        "RUN` goes on from here"
+    )
