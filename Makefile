@@ -26,7 +26,7 @@ test: lint  ## lint, then every test
 
 chaos: $(INSTALLED)  ## every fault on a real cluster, with what was counted in runs/chaos.jsonl
 	mkdir -p runs && rm -f runs/chaos.jsonl
-	CHAOS_TABLE=runs/chaos.jsonl $(BIN)/pytest tests/test_chaos.py tests/test_chaos_driver.py
+	CHAOS_TABLE=runs/chaos.jsonl $(BIN)/pytest tests/test_chaos.py tests/test_chaos_driver.py tests/test_chaos_ray.py
 
 bench: $(INSTALLED)  ## the short form of every benchmark, with figures and plots under runs/bench
 	for name in $(BENCHMARKS); do \

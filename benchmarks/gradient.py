@@ -49,11 +49,11 @@ from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, Session, gather
 from es_engine.telemetry import open_telemetry
 from rewards.base import SingleTurnTask
+from workers.calls import Call
 from workers.completions import load_completions
 from workers.engine import Vector
 from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.peft_model import factor_weight
-from workers.pool import Call
 from workers.samples import Sample
 
 Side = Literal["ours", "TRL"]

@@ -306,13 +306,17 @@ def show_config(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A YAML config, whose needs are looked at too.")] = None,
+    overrides: Overrides = None,
+) -> None:
     """What this machine has for a run, and what is missing. Exit code 1 if something needed is."""
+    chosen = None if config is None else load_config(config, overrides or [])
     from es_engine.doctor import examine
 
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table("what", "", "found", "remedy", box=None, pad_edge=False)
-    checks = examine()
+    checks = examine(chosen)
     for check in checks:
         status = Text(check.status, colours[check.status])
         table.add_row(_text(check.name), status, _text(check.detail), _text(check.remedy))

@@ -95,6 +95,7 @@ def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) ->
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
         "failures": failures_by_verifier(results),
+        "rescored": sum(result.rescored for result in results),
         "costs": total_costs(results).to_json(),
         "times": {phase: sum(result.seconds[phase] for result in results) for phase in results[0].seconds},
     }

@@ -28,7 +28,7 @@ Line = dict[str, Any]
 LONGEST = 1 << 28
 """Bytes of a line: a generation of ten million rollouts has less."""
 
-WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative"})
+WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative", "rescored"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,7 +246,7 @@ def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledg
     generations = config.budget.generations
     return {
         **{key: line[key] for key in ("step", "reward_mean", "accuracy", "components", "rollouts")},
-        **{key: line[key] for key in ("tokens", "lr", "failures")},
+        **{key: line[key] for key in ("tokens", "lr", "failures", "rescored")},
         **{key: line.get(key) for key in ("reward_best", "fitness_spread", "constant_members", "sigma")},
         "prompt_tokens": line.get("prompt_tokens", 0),
         "learning": line.get("learning", {}),
@@ -265,7 +266,7 @@ def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledg
 
 
 class Notices:
-    """Messages from the pool, kept until there is somebody to tell."""
+    """Messages from the pool, on stderr and kept until there is somebody to tell."""
 
     def __init__(self) -> None:
         self._kept: list[str] = []
@@ -273,6 +274,7 @@ class Notices:
 
     def __call__(self, text: str) -> None:
         if self._telemetry is None:
+            print(text, file=sys.stderr)  # whoever waits for a start should know what for
             self._kept.append(text)
         else:
             self._telemetry.message(text)

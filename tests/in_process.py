@@ -9,10 +9,10 @@ import numpy as np
 
 from es_engine.costs import Costs, costs_of
 from rewards.base import NO_SCORE, Example
+from workers.calls import Call
 from workers.chunks import Chunk, ChunkResult, Problem, Transcript, WeightedNoise
 from workers.engine import Vector
 from workers.perturbation import Perturber
-from workers.pool import Call
 
 PARAMETERS = 1000
 """Of the model that there is none of."""

@@ -19,9 +19,9 @@ from es_engine.methods.base import Report
 from es_engine.optimizers import build_optimizer
 from es_engine.session import Materials, gather, needs, worker_setup
 from workers.actor import Worker, WorkerSetup
+from workers.calls import Call
 from workers.canary import CanaryReport
 from workers.engine import Vector
-from workers.pool import Call
 
 GENERATIONS = 4
 

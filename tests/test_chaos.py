@@ -11,54 +11,24 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import faults
 import pytest
 import ray
+from chaos_runs import config_of, train_and
 from chaos_table import count
 from ray.cluster_utils import Cluster
 from small_runs import small_config
 
-from es_engine.config import Config, VllmEngineConfig, parse_config
-from es_engine.ledger import Ledger, LedgerReader, first_difference
+from es_engine.config import VllmEngineConfig
+from es_engine.ledger import Ledger, first_difference
 from es_engine.trainer import train
 from workers import pool
+from workers.cluster import living_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-GENERATIONS = 6
-CHUNKS = 8
-PATIENCE_S = 180.0
-"""For the first generation, on a machine that may be busy."""
-
-
-def config_of(model: Path, workers: Any, **pool_fields: Any) -> Config:
-    """A run of seconds, one worker a process."""
-    return parse_config(
-        {
-            "name": "chaos",
-            "model": {"source": str(model)},
-            "space": {"rank": 4},
-            "method": {"population": 2 * CHUNKS, "sigma": 0.3, "prompts": 3},
-            "optimizer": {"kind": "adam", "lr": 0.1},
-            "task": {"template": "plain", "high": 9, "max_tokens": 16},
-            "pool": {"workers": workers, **pool_fields},
-            "engine": {
-                "kind": "simulated",
-                "chunk": 2,
-                "answer_tokens": 10.0,
-                "step_ms": 5.0,
-                "stragglers": 0.0,
-                "workers_per_process": 1,
-            },
-            "budget": {"generations": GENERATIONS},
-            "evaluation": {"every": 3, "problems": 8, "chunk": 4},
-            "telemetry": {"console": False, "tensorboard": False},
-        }
-    )
 
 
 class Nodes:
@@ -86,7 +56,7 @@ class Nodes:
             self.join()
         while len(self.workers) > nodes:
             self.lose()
-        while len(pool.living_nodes()) != 1 + nodes:
+        while len(living_nodes()) != 1 + nodes:
             time.sleep(0.1)
 
     def close(self) -> None:
@@ -130,20 +100,6 @@ def suffered(undisturbed: Path) -> Callable[..., None]:
         count(fault, times, max(seconds) - statistics.median(seconds))
 
     return check
-
-
-def train_and(config: Config, run: Path, event: Callable[[], None]) -> Path:
-    """Train, and have something happen as soon as the first generation is in the run's ledger. It happens in this
-    thread, the main one, as a node's joining has to, and the run goes on in another."""
-    reader, lines, deadline = LedgerReader(run / "ledger.jsonl"), 0, time.monotonic() + PATIENCE_S
-    with ThreadPoolExecutor(1) as executor:
-        training = executor.submit(train, config, run)
-        while lines < 2 and not training.done():
-            assert time.monotonic() < deadline
-            lines += len(list(reader.new_lines()))
-            time.sleep(0.02)
-        event()
-        return training.result().path
 
 
 # --- workers

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import resume_here, small_config, train_here, write_config
 
 from es_engine.config import Config, TelemetryConfig, dump_config
-from es_engine.ledger import Ledger, first_difference
+from es_engine.ledger import Ledger, LedgerReader, first_difference
 from es_engine.run_folder import RunFolder
 
 GENERATIONS = 6
@@ -121,6 +122,52 @@ def test_no_clock_but_the_monotonic_one_matters(random_llama: Path, undisturbed:
         run = train_here(config_of(random_llama), tmp_path / "run")
     assert_same_run(run, undisturbed)
     count("time.time jumps by decades at every call", 1)
+
+
+# --- its verifier
+
+SLOW_VERIFIER = """
+import time
+
+def score(rollout):
+    time.sleep(0.1)
+    return float(len(rollout.completion))
+"""
+
+
+def scoring_processes() -> list[int]:
+    """Those of this process."""
+    found = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError):  # a thread, or a child, that has just ended
+            pids = map(int, children.read_text().split())
+            found += [pid for pid in pids if b"workers.scoring_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+@pytest.mark.chaos
+def test_verifiers_killed_in_the_middle_of_a_rollout(random_llama: Path, tmp_path: Path) -> None:
+    """One process in each generation but the first."""
+    (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
+    config = config_of(random_llama, task={"max_tokens": 4, "verifier": f"{tmp_path}/slow.py:score"})
+    run = tmp_path / "run"
+    reader = LedgerReader(run / "ledger.jsonl")
+    with ThreadPoolExecutor(1) as executor:  # one thread for both: each has its own number of OpenMP threads
+        undisturbed = executor.submit(train_here, config, tmp_path / "undisturbed").result()
+        training = executor.submit(train_here, config, run)
+        while not training.done():
+            if any(line["kind"] == "generation" for line in reader.new_lines()):
+                time.sleep(0.3)
+                for pid in scoring_processes():
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        training.result()
+    assert_same_run(run, undisturbed)
+    lines = [*Ledger(run / "ledger.jsonl").generations, *Ledger(run / "eval.jsonl").lines]
+    assert not any(line["failures"] for line in lines)
+    rescored = sum(line["rescored"] for line in lines)
+    assert rescored >= GENERATIONS // 2
+    count("kill -9 of a verifier's process at a rollout", rescored)
 
 
 # --- its files

@@ -19,7 +19,7 @@ from es_engine.compare.measures import read_measures
 from es_engine.compare.runner import compare
 from es_engine.config import ComparisonConfig, dump_comparison, parse_comparison
 from es_engine.ledger import Ledger, first_difference
-from workers.pool import Call
+from workers.calls import Call
 
 DIGITS = """
 def digits(rollout):

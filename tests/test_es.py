@@ -18,9 +18,9 @@ from es_engine.config import AdamConfig, EsMethodConfig, OptimizerConfig, SgdCon
 from es_engine.methods import population
 from es_engine.methods.es import Estimate, EvolutionStrategies, whole_pairs
 from es_engine.optimizers import build_optimizer
+from workers.calls import Call
 from workers.engine import Member, Sampling, Vector
 from workers.perturbation import Perturber
-from workers.pool import Call
 
 SEED = 1  # of the runner's noise
 NAN = float("nan")
@@ -266,6 +266,7 @@ def test_the_record_tells_the_generation() -> None:
         "truncated": 2,
         "looped": 4,
         "failures": {"mine": {"no score": 0}},
+        "rescored": 0,
         "workers": [0, 0],
     }
     assert {key: found.record[key] for key in expected} == expected

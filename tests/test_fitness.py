@@ -41,12 +41,12 @@ from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, gather
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Example, Score
+from workers.calls import Call
 from workers.chunks import Chunk, ChunkResult, Outcome, Outcomes, Problem, Transcript, WeightedNoise, collect
 from workers.engine import Completion, Sampling, Vector
 from workers.gradient import GradientModel, Outputs, collate
 from workers.models import linear_matrices, multiplying_parameters
 from workers.perturbation import Perturber
-from workers.pool import Call
 from workers.samples import Sample
 from workers.teacher import find_teacher
 

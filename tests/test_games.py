@@ -32,12 +32,12 @@ from rewards.environments import (
 )
 from rewards.guess import Guess
 from workers.actor import Worker
+from workers.calls import Call
 from workers.chunks import Chunk, Outcomes, Problem, sampling_seed
 from workers.engine import CENTER, Completion, Member, Request, Sampling, Vector
 from workers.games import new_game, play_chunk
 from workers.games import play as play_games
 from workers.perturbation import Perturber
-from workers.pool import Call
 from workers.prompts import preparer
 from workers.scoring import Scorer
 from workers.simulated_engine import InlineScorer

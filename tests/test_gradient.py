@@ -28,11 +28,12 @@ from es_engine.methods.es import CallRunner
 from es_engine.spaces.lora import LoraSpace, Train, Units
 from workers import actor
 from workers.actor import WorkerSetup
+from workers.calls import Call
 from workers.chunks import Chunk
 from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.models import fingerprint, linear_matrices
-from workers.pool import Call, Pool
+from workers.pool import Pool
 from workers.samples import Sample, micro_batches
 
 LENGTHS = ((5, 9), (1, 4), (17, 2), (8, 8), (3, 20), (12, 1))

@@ -15,8 +15,8 @@ from es_engine.config import SimulatedEngineConfig, parse_config
 from es_engine.ledger import Ledger
 from es_engine.trainer import train
 from workers.actor import Worker, WorkerSetup
+from workers.calls import Call
 from workers.engine import Completion, Request, Sampling
-from workers.pool import Call
 from workers.scoring import open_scorer
 from workers.simulated_engine import SimulatedEngine
 

@@ -28,10 +28,10 @@ from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, Session, gather
 from es_engine.spaces.lora import LoraSpace
 from workers.actor import Worker, WorkerSetup
+from workers.calls import Call
 from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel
 from workers.models import fingerprint, multiplying_parameters
-from workers.pool import Call
 from workers.samples import Sample
 from workers.teacher import Teacher, find_teacher
 

@@ -3,16 +3,21 @@ moves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, RayTaskError
 
-from es_engine.config import parse_config
+from es_engine.config import PoolConfig, parse_config
+from es_engine.config.pool import WorkerRangeConfig
+from workers import cluster as clusters
 from workers import pool as pools
-from workers.pool import Call, Pool
+from workers.calls import Call
+from workers.places import bundles
+from workers.pool import Pool
 
 Behaviour = Callable[[int, str, tuple[Any, ...]], tuple[float, Any]]
 """(number of the process, method, arguments) to the seconds that a task takes and its result, or how it ends."""
@@ -63,6 +68,8 @@ class Cluster:
         self.setups: dict[int, Any] = {}
         self.nodes_alive = {name(0): 2.0, name(1): 2.0}
         self.events: list[tuple[float, Callable[[], None]]] = []
+        self.full_until = 0.0
+        self.requests: list[list[dict[str, float]]] = []
 
     def is_initialized(self) -> bool:
         return True
@@ -96,6 +103,8 @@ class Cluster:
             event[1]()
 
     def put(self, value: Any) -> Any:
+        if self.now < self.full_until:
+            raise OutOfDiskError
         return value
 
     def remote(self, _: type) -> Any:
@@ -138,11 +147,19 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Pool, Cluster,
     """Starts a pool whose workers behave as told."""
 
     def started(
-        behave: Behaviour, engine: dict[str, Any] | None = None, **fields: Any
+        behave: Behaviour,
+        engine: dict[str, Any] | None = None,
+        nodes: Sequence[float] = (2.0, 2.0),
+        joins_at: float = math.inf,
+        **fields: Any,
     ) -> tuple[Pool, Cluster, Notices]:
         cluster, notices = Cluster(behave), Notices()
-        monkeypatch.setattr(pools, "ray", cluster)
+        cluster.at(joins_at, lambda: cluster.join(2))
+        for module in (clusters, pools):
+            monkeypatch.setattr(module, "ray", cluster)
         monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
+        monkeypatch.setattr(pools, "ask_autoscaler", cluster.requests.append)
+        cluster.nodes_alive = {name(node): cpus for node, cpus in enumerate(nodes)}
         config = parse_config(
             {
                 "name": "test",
@@ -318,6 +335,68 @@ def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any) -> None:
     assert set(pool.run([call(5) for _ in range(60)])) == {0, 1, 2, 3}
     barred = [notice for notice in notices if "no more workers" in notice]
     assert ["model.source: differs" in notice for notice in barred] == [True, False]
+
+
+def test_with_bounds_the_autoscaler_is_asked_for_the_most_workers_until_the_end(start: Any) -> None:
+    pool, cluster, _ = start(well, workers={"min": 1, "max": 5}, threads=2)
+    assert cluster.requests == [[{"CPU": 2.0}] * 5]
+    pool.close()
+    assert cluster.requests[1:] == [[]]
+    for workers in (2, "auto"):
+        pool, cluster, _ = start(well, workers=workers)
+        pool.close()
+        assert cluster.requests == []
+
+
+def test_a_worker_on_gpus_is_asked_for_in_one_piece() -> None:
+    pool = PoolConfig(workers=WorkerRangeConfig(max=2), threads=3, tensor_parallel=4)
+    assert bundles(pool, on_gpu=True) == [{"CPU": 3.0, "GPU": 4.0}] * 2
+
+
+def test_with_bounds_a_cluster_without_room_is_given_time_to_get_nodes(start: Any) -> None:
+    pool, cluster, notices = start(well, nodes=[0.0], joins_at=300, workers={"min": 2, "max": 4})
+    assert pool.size == 2
+    assert 300 < cluster.now < 310
+    assert notices[0] == "0 of at least 2 workers have room; nodes are waited for up to 600 s"
+    with pytest.raises(ValueError, match=r"^pool.workers: 0 of at least 2 workers have room, and no node came"):
+        start(well, nodes=[0.0], workers={"min": 2, "max": 4})
+    with pytest.raises(ValueError, match=r"room for 1 workers of 1 CPU\(s\) each, not 2"):
+        start(well, nodes=[1.0], workers=2)
+
+
+# --- a full object store
+
+
+def test_what_is_shared_waits_for_room(start: Any) -> None:
+    pool, cluster, notices = start(well)
+    cluster.full_until = 100.0
+    assert pool.put("theta") == "theta"
+    assert 100 <= cluster.now < 102
+    assert notices == ["Ray's object store is full; room in it is waited for up to 600 s"]
+    cluster.full_until = math.inf
+    with pytest.raises(ValueError, match=r"^Ray's object store on the driver's node and the disk .* make room"):
+        pool.put("theta")
+    assert 700 < cluster.now < 705
+
+
+@pytest.mark.parametrize("node", ["the worker's", "the driver's"])
+def test_an_answer_without_room_is_given_again_by_a_worker_that_lives(start: Any, node: str) -> None:
+    error = RayTaskError("evaluate", "trace", OutOfDiskError()) if node == "the worker's" else OutOfDiskError()
+    full_until, times = 50.0, []
+
+    def full(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if method == "start" or arguments != (7,):
+            return well(process, method, arguments)
+        times.append(cluster.now)
+        return 7.0, error if cluster.now < full_until else process
+
+    pool, cluster, notices = start(full)
+    assert pool.run([call(7), call(3)])[0] in (0, 1)
+    assert (pool.restarts, pool.retries) == (0, len(times) - 1)
+    assert set(notices) == {"a call of 7 s is given out again (Ray's object store is full)"}
+    full_until = math.inf
+    with pytest.raises(ValueError, match=r"^Ray's object store on node 0+ and .* `es-engine resume RUN` goes on"):
+        pool.run([call(7)])
 
 
 # --- slow workers

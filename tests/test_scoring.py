@@ -1,4 +1,4 @@
-"""Whatever a verifier does to its process costs the one rollout it was scoring."""
+"""Whatever a verifier does to its process costs the one rollout it was scoring, and what others do to it none."""
 
 from __future__ import annotations
 
@@ -74,6 +74,14 @@ async def longest_first(rollouts):
     await asyncio.sleep(0)
     return [len(rollouts)] * len(rollouts)
 
+@verifier(takes="batch")
+def dies_once(rollouts):
+    if any(rollout.completion == "die" for rollout in rollouts) and os.path.exists(os.environ["ALIVE"]):
+        time.sleep(0.3)
+        os.unlink(os.environ["ALIVE"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(rollouts)] * len(rollouts)
+
 @verifier(takes="group")
 def ranks(rollouts):
     if any(rollout.completion == "hang" for rollout in rollouts):
@@ -115,6 +123,7 @@ def scorer(shared_scorer: Scorer) -> Scorer:
     """One scorer for most tests: that it outlives them all is a test too."""
     assert shared_scorer.drain() == {}
     shared_scorer.failures.clear()
+    shared_scorer.rescored = 0
     return shared_scorer
 
 
@@ -260,6 +269,7 @@ def test_every_rollout_may_fail(scorer: Scorer) -> None:
     scores = scorer.drain()
     assert all(f"exit code {key}" in (scores[key].error or "") for key in range(8))
     assert kinds(scorer) == {"died": 8}
+    assert scorer.rescored == 8
 
 
 def test_memory_is_limited_and_given_back(verifier_file: Path) -> None:
@@ -329,14 +339,32 @@ def test_a_child_killed_from_outside(scorer: Scorer) -> None:
     wait_until_gone(pid)
     scorer.submit("pid", rollout("os.getpid()"))
     pid = int(scorer.drain()["pid"].value or 0)
-    scorer.submit("busy", rollout("time.sleep(0.5)"))
+    assert scorer.rescored == 0
+    scorer.submit("busy", rollout("time.sleep(0.2) or os.getpid()"))
     scorer.submit("next", rollout(GOOD))
     time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     scores = scorer.drain()
     assert scores["next"] == Score(3.0)
-    assert "signal 9, Killed" in (scores["busy"].error or "")
-    assert kinds(scorer) == {"died": 1}
+    assert scores["busy"].value not in (None, pid)
+    assert not scorer.failures
+    assert scorer.rescored == 1
+
+
+def test_a_batch_at_which_a_process_died_is_tried_again_as_it_was(
+    verifier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it made larger, more than what was in it could die with it."""
+    monkeypatch.setenv("ALIVE", str(tmp_path / "alive"))
+    (tmp_path / "alive").touch()
+    with Scorer(VerifierSpec(f"{verifier_file}:dies_once")) as scorer:
+        scorer.submit_group(range(10), [rollout("die")] * 10)
+        time.sleep(0.1)
+        scorer.submit_group(range(10, 40), [rollout("")] * 30)
+        scores = scorer.drain()
+        assert [scores[key].value for key in (0, 9, 10, 39)] == [10, 10, 30, 30]
+        assert not scorer.failures
+        assert scorer.rescored == 10
 
 
 def test_a_verifier_s_own_processes_die_with_it(
@@ -504,8 +532,9 @@ def test_a_verifier_that_cannot_be_loaded_again(tmp_path: Path) -> None:
         for key in range(3):
             scorer.submit(key, rollout(""))
         scores = scorer.drain()
-    assert sum("no file" in (score.error or "") for score in scores.values()) == 2
+    assert all("no file" in (score.error or "") for score in scores.values())
     assert kinds(scorer) == {"died": 3}
+    assert scorer.rescored == 1
 
 
 def test_a_key_is_used_once(scorer: Scorer) -> None:

@@ -475,14 +475,14 @@ def test_addresses_hold_no_passwords(tmp_path: Path) -> None:
 
 
 def test_credentials_reach_workers_and_nothing_that_ray_writes_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers import pool
+    from workers.cluster import credentials, environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("HF_HOME", "/somewhere")
-    environment = pool._environment(1)
-    assert environment["HF_HOME"] == "/somewhere"
-    assert "hf_0123456789" not in environment.values()
-    assert "HF_TOKEN" in pool.CREDENTIALS
+    inherited = environment(1)
+    assert inherited["HF_HOME"] == "/somewhere"
+    assert "hf_0123456789" not in inherited.values()
+    assert credentials() == {"HF_TOKEN": "hf_0123456789"}
 
 
 # --- what is installed

@@ -25,9 +25,9 @@ from es_engine.spaces.lora import LoraSpace
 from es_engine.trainer import train
 from workers import actor, simulated_engine
 from workers.actor import WorkerSetup
+from workers.calls import Call
 from workers.chunks import Chunk, Problem, fault_of
 from workers.engine import Completion, Member, Request, Sampling, Vector
-from workers.pool import Call
 from workers.simulated_engine import PATTERN, SimulatedEngine, SimulatedWorkers, decoding_seconds
 
 ROOT = Path(__file__).resolve().parent.parent

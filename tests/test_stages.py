@@ -30,7 +30,8 @@ from es_engine.config.yaml_text import parse as parse_yaml
 from es_engine.ledger import Ledger
 from es_engine.run_folder import RunFolder
 from es_engine.session import gather
-from workers.pool import TOKEN, Pool
+from workers.cluster import TOKEN
+from workers.pool import Pool
 
 VERIFIER = "def checksum(rollout):\n    return sum(map(ord, rollout.completion)) % 17 / 17\n"
 PAIRS = [{"prompt": f"{number}+0=", "chosen": f"{number}", "rejected": "no"} for number in range(4)]

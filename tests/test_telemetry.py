@@ -32,8 +32,8 @@ from es_engine.telemetry.metrics import METRICS
 from es_engine.telemetry.mlflow import metric_name
 from es_engine.telemetry.prometheus import PrometheusTelemetry
 from es_engine.telemetry.tensorboard import TensorBoardTelemetry
+from workers.calls import Call, Notice
 from workers.canary import CanaryReport
-from workers.pool import Call, Notice
 
 EVALUATION: dict[str, Any] = {
     **EvaluationLine(
@@ -51,6 +51,7 @@ EVALUATION: dict[str, Any] = {
         seconds=2.5,
         times={"generate": 2.0, "score": 0.25},
         failures={"mine": {"timeout": 0, "exception": 2}},
+        rescored=0,
     ),
     "theta": "a fingerprint",
 }
@@ -86,6 +87,7 @@ def generation(step: int = 2, **changes: Any) -> dict[str, Any]:
         delta_norm_ratio=0.015,
         constant_members=1,
         failures={"mine.py:right": {"timeout": 3, "exception": 0}, "length": {"no score": 1}},
+        rescored=1,
         worker_restarts=0,
         eta_seconds=970.2,
     )
@@ -269,6 +271,7 @@ def test_prometheus_is_scraped_and_lets_go_of_its_port(tmp_path: Path) -> None:
         "verifier_failures_total/exception/train/mine.py:right": 0,
         "verifier_failures_total/no score/train/length": 2,
         "verifier_failures_total/exception/heldout/mine": 2,
+        "rollouts_rescored_total/train": 2,
         "kl/reverse_kl": 0.3,
         "learning/loss": 0.2,
         "delta_norm": 1.5,

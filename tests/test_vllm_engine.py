@@ -633,6 +633,18 @@ def test_tensor_parallel_slots_hold_each_ranks_share(
     assert texts(parallel, requests) == texts(hf, requests)
     expected = engine.noise_sum(0, [0, 3], [1.0, -0.5])
     np.testing.assert_array_equal(parallel.noise_sum(0, [0, 3], [1.0, -0.5]), expected)
+    for train in get_args(Train):  # of a run that it is assigned to afterwards
+        other = LoraSpace(space.matrices, rank=space.rank, alpha=9.0, train=train, units="raw", seed=5)
+        before = parallel.logprobs(requests)
+        for each in (engine, parallel):
+            each.assign(other, RUN_SEED + 1, LARGE_CACHE)
+            each.set_center(random_center(other, 0.1))
+            each.write_slots(0, SIGMA / 3, MEMBERS)
+        found = parallel.logprobs(requests)
+        assert differences(found, before).mean() > 0.1
+        assert differences(found, engine.logprobs(requests)).max() < FLOAT32_TOLERANCE
+        np.testing.assert_array_equal(parallel.noise_sum(0, [3], [1.0]), engine.noise_sum(0, [3], [1.0]))
+    engine.assign(space, RUN_SEED, LARGE_CACHE)
 
 
 # What is refused

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from es_engine.config import Config, MultiTurnTaskConfig, teacher_of
+from es_engine.config.engine import CPU_KV_CACHE_GIB
 from es_engine.costs import Costs, costs_of
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import Score
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from workers.teacher import Teacher
 
 GIB = 1 << 30
-CPU_KV_CACHE_GIB = 1.0
-"""vLLM's own choice of a KV cache fails beside other processes on a CPU, where memory is nobody's alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +132,12 @@ class Worker:
         written = time.perf_counter()
         if ahead is not None:
             self._engine.prepare(*ahead)
-        failures = Counter(self._scorer.failures)
+        failures, rescored = Counter(self._scorer.failures), self._scorer.rescored
         found = self._roll_out(chunk, batch)
         scored = time.perf_counter()
         result = collect(chunk, found)
         result.failures = dict(Counter(self._scorer.failures) - failures)
+        result.rescored = self._scorer.rescored - rescored
         result.seconds = {
             "slots": written - started,
             "generate": scored - found.waited - written,

@@ -106,8 +106,9 @@ class ChunkResult:
     """What a chunk's rollouts were worth. Arrays are (k, P, n); a rollout without a score is NaN.
 
     `truncated` counts the rollouts that max_tokens (or, in a game, the context) cut short, `looped` those that
-    max_repeats did. `error` is what was said of one of the rollouts in `failures`. `transcripts` are by member, problem
-    and sample, None where the chunk does not keep them. An `absent` one was given up: nothing came of it.
+    max_repeats did. `error` is what was said of one of the rollouts in `failures`. `rescored` counts those that were
+    given to the verifier again because its process died at them. `transcripts` are by member, problem and sample, None
+    where the chunk does not keep them. An `absent` one was given up: nothing came of it.
     """
 
     rewards: Scores
@@ -122,6 +123,7 @@ class ChunkResult:
     transcripts: list[list[list[Transcript]]] | None
     seconds: dict[str, float]
     costs: Costs
+    rescored: int = 0
     worker: int = -1
     absent: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,14 @@ def bounds(pool: PoolConfig) -> tuple[int, float]:
     return pool.workers.min, pool.workers.max
 
 
+def bundles(pool: PoolConfig, on_gpu: bool) -> list[dict[str, float]]:
+    """What the most workers take together, each its share of one node; nothing where `pool.workers` sets no bounds."""
+    if isinstance(pool.workers, int | str):
+        return []
+    gpus = {"GPU": float(pool.tensor_parallel)} if on_gpu else {}
+    return [{"CPU": float(pool.threads), **gpus} for _ in range(pool.workers.max)]
+
+
 def plan_places(config: Config, nodes: dict[str, dict[str, float]], on_gpu: bool) -> list[Place]:
     """All places that nodes of these resources have for workers, node by node."""
     pool = config.pool
@@ -51,6 +60,16 @@ def plan_places(config: Config, nodes: dict[str, dict[str, float]], on_gpu: bool
         for node, seats in by_cpu.items()
         for seat in range(seats)
     ]
+
+
+def free_places(places: Sequence[Place], taken: Sequence[Place]) -> list[Place]:
+    """The places that are not taken, in their order; the same one may be there for several."""
+    left, free = Counter(taken), []
+    for place in places:
+        left[place] -= 1
+        if left[place] < 0:
+            free.append(place)
+    return free
 
 
 def _shared_places(nodes: Sequence[str], workers: int, per_process: int) -> list[Place]:

@@ -8,23 +8,14 @@ no state of the run.
 from __future__ import annotations
 
 import math
-import os
-import signal
-import socket
-import statistics
-import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private import ray_constants
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -35,9 +26,20 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from es_engine.config import Config, SimulatedEngineConfig
+from es_engine.config import SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
-from workers.places import Place, bounds, plan_places
+from workers.calls import Call, Notice, Round
+from workers.cluster import (
+    FULL,
+    ask_autoscaler,
+    connect,
+    credentials,
+    environment,
+    found_no_room,
+    living_nodes,
+    on_gpus,
+)
+from workers.places import Place, bounds, bundles, free_places, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
 if TYPE_CHECKING:
@@ -46,86 +48,11 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 NODES_S = 5.0
 """How often the cluster is asked for its nodes."""
+ROOM_S = 600.0
+"""How long room in Ray's object store is waited for."""
 NOTICE_S = 60.0
 NOTICES = 8  # at once: a screen, not hundreds of lines
-KNOCK_S = 10.0
-LATE = 3.0
-"""A call is late when it has run this many times as long as the median of those of its round that are done; it may
-then be given to an idle worker as well. A chunk has hundreds of rollouts, so that those of one round take about the
-same time, and what takes three times as long is slow because of its worker."""
-LATE_S = 1.0
-"""No call is late before."""
-TOKEN = Path("~/.ray/auth_token").expanduser()
-"""What Ray's processes know each other by, unless the environment says otherwise."""
 DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
-PASSED_ON = ("ES_ENGINE_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "VLLM_LOGGING_LEVEL")
-CREDENTIALS = ("HF_TOKEN",)
-"""What workers need too, but nobody else: Ray writes the environment that it is asked for into its logs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A method of `Worker` to be run once by any worker; `name` is for people, `preferred` the worker it suits best,
-    `chunk` the number of the chunk that it is about.
-
-    `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
-    goes to another.
-    """
-
-    name: str
-    method: str
-    arguments: tuple[Any, ...]
-    preferred: int | None = None
-    chunk: int | None = None
-    fault: Callable[[Any], str | None] = lambda _: None
-
-
-class Notice(str):
-    """A sentence about the pool for people; `about` says for programs which worker, call and chunk it is about."""
-
-    about: Mapping[str, int | str]
-
-    def __new__(cls, text: str, worker: int, call: Call | None = None) -> Notice:
-        notice = super().__new__(cls, text)
-        named = {} if call is None else {"call": call.name, "chunk": call.chunk}
-        notice.about = {"worker": worker, **{name: value for name, value in named.items() if value is not None}}
-        return notice
-
-
-class _Round:
-    """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
-    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self.waiting: defaultdict[int | None, deque[int]] = defaultdict(deque)
-        self.results: dict[int, Any] = {}
-        self.took: list[float] = []
-        self.repeated: set[int] = set()
-        self.deaths: Counter[int] = Counter()
-        for number, call in enumerate(calls):
-            self.waiting[call.preferred].append(number)
-
-    def take(self, worker: int, on_time: AbstractSet[int | None]) -> int | None:
-        """Take out the first waiting call that prefers this worker, or else that no worker which is on time is
-        preferred for."""
-        candidates = [worker] if worker in self.waiting else [other for other in self.waiting if other not in on_time]
-        if not candidates:
-            return None
-        preferred = min(candidates, key=lambda other: self.waiting[other][0])
-        number = self.waiting[preferred].popleft()
-        if not self.waiting[preferred]:
-            del self.waiting[preferred]
-        return number
-
-    def put_back(self, number: int) -> None:
-        """Have a call given out again, before the others that prefer the same worker."""
-        self.waiting[self.calls[number].preferred].appendleft(number)
-
-    @property
-    def late_after(self) -> float:
-        """Seconds after which a call is late."""
-        return max(LATE_S, LATE * statistics.median(self.took)) if self.took else math.inf
 
 
 @dataclass(slots=True)
@@ -138,7 +65,7 @@ class _Seat:
     actor: Any = None
     setup: Any = None
     task: Any = None
-    round: _Round | None = None
+    round: Round | None = None
     number: int = -1
     since: float = 0.0
     noticed: float = 0.0
@@ -166,7 +93,8 @@ class Pool:
     def __init__(self, setup: WorkerSetup, notify: Callable[[str], None] = print) -> None:
         """Connects to Ray (or starts it) and starts the workers.
 
-        Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part.
+        Raises ValueError if the cluster cannot hold the workers, or if one of them cannot take part. With bounds, a
+        cluster that was there before is given `pool.node_timeout_s` to get nodes for the fewest.
         """
         self.restarts = 0
         self.speculative = 0
@@ -175,23 +103,23 @@ class Pool:
         self._notify = notify
         self._config = setup.config
         self._pool = setup.config.pool
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._seats: list[_Seat] = []
         self._shared: dict[tuple[str, int], Any] = {}
         self._barred: set[str] = set()
         self._short_since: float | None = None
+        self._asked_for: list[dict[str, float]] = []
         self._owns_ray = connect(self._pool.address)
         try:
-            self._setup = ray.put(setup)
+            self._setup = self.put(setup)
             nodes = living_nodes()
-            self._on_gpu = _uses_gpus(self._config) and any(each.get("GPU", 0) >= 1 for each in nodes.values())
+            self._on_gpu = on_gpus(self._config, nodes)
             places = self._places(nodes)
             self._fewest, self._most = bounds(self._pool)
-            if len(places) < self._fewest:
-                kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
-                raise ValueError(
-                    f"pool.workers: the cluster has room for {len(places)} workers of {kind} each, not {self._fewest}"
-                )
+            self._check_room(len(places))
+            self._asked_for = bundles(self._pool, self._on_gpu)
+            if self._asked_for:
+                ask_autoscaler(self._asked_for)
             self._looked = time.monotonic()
             self._fill(places)
             self.workers = self._wait_for_start()
@@ -212,21 +140,23 @@ class Pool:
         return states
 
     def put(self, value: Any) -> Any:
-        """Share a value with all workers; pass what comes back as a call's argument."""
-        return ray.put(value)
+        """Share a value with all workers; pass what comes back as a call's argument. Waits while there is no room for
+        it; raises ValueError if there is none for long."""
+        return self._once_there_is_room(lambda: ray.put(value))
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
         An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
-        ValueError if there are too few workers for longer than `pool.node_timeout_s`.
+        ValueError if there are too few workers for longer than `pool.node_timeout_s`, or if Ray's object store is full
+        for long.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
     def run_until(self, calls: Sequence[Call], enough: Callable[[Collection[int]], bool]) -> list[Any]:
         """The same, but once the calls that are done (their numbers) are `enough`, the others are waited for
         `pool.straggler_s` and no longer; the results of those that are given up are None."""
-        todo = self._round = _Round(calls)
+        todo = self._round = Round(calls)
         enough_since = math.inf
         try:
             while len(todo.results) < len(calls):
@@ -248,7 +178,7 @@ class Pool:
 
         Raises ValueError if one of them cannot.
         """
-        self._setup = ray.put(setup)
+        self._setup = self.put(setup)
         for seat in self._seats:
             if seat.task is None:
                 self._assign(seat)
@@ -259,6 +189,8 @@ class Pool:
         for seat in self._seats:
             if seat.actor is not None:
                 ray.kill(seat.actor)
+        if self._asked_for:
+            ask_autoscaler([])
         if self._owns_ray:
             ray.shutdown()
 
@@ -289,11 +221,10 @@ class Pool:
             "num_gpus": place.gpus,
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False),
-            "runtime_env": {"env_vars": _environment(self._pool.threads)},
+            "runtime_env": {"env_vars": environment(self._pool.threads)},
         }
         if place.shared is None:
-            credentials = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
-            return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores, credentials)
+            return ray.remote(Worker).options(**options).remote(self._setup, seat.index, place.cores, credentials())
         assert isinstance(self._config.engine, SimulatedEngineConfig)
         key = (place.node, place.shared)
         if self._shared.get(key) is seat.actor:  # none yet, or the one that died under this worker
@@ -305,9 +236,10 @@ class Pool:
     def _send(self, seat: _Seat, method: str, *arguments: Any) -> None:
         """Have a worker that does nothing begin with something."""
         if seat.place.shared is None:
-            seat.task = getattr(seat.actor, method).remote(*arguments)
+            remote = partial(getattr(seat.actor, method).remote, *arguments)
         else:
-            seat.task = seat.actor.carry_out.remote(seat.index, method, *arguments)
+            remote = partial(seat.actor.carry_out.remote, seat.index, method, *arguments)
+        seat.task = self._once_there_is_room(remote)  # Ray stores large arguments
         seat.since = seat.noticed = time.monotonic()
 
     def _wait_for_start(self) -> list[dict[str, Any]]:
@@ -328,7 +260,7 @@ class Pool:
 
     # --- calls
 
-    def _give_work(self, todo: _Round) -> None:
+    def _give_work(self, todo: Round) -> None:
         idle = [seat for seat in self._seats if seat.task is None]
         if not idle:
             return
@@ -381,13 +313,17 @@ class Pool:
             self.canaries[seat.index] = canary
 
     def _reply(self, seat: _Seat) -> tuple[Any] | None:
-        """What came of a worker's finished task; None if it died instead, and then all that follows is under way."""
+        """What came of a worker's finished task; None if it died instead or its answer found no room, and then all that
+        follows is under way."""
         try:
             return (ray.get(seat.task),)
         except DEATHS as death:
             self._lose(seat, type(death).__name__)
             return None
-        except RayTaskError as error:
+        except (RayTaskError, *FULL) as error:
+            if found_no_room(error):
+                self._leave_for_later(seat)
+                return None
             if isinstance(error.cause, ValueError):
                 if self._round is not None and seat.round is None and self._others_than(seat.place.node):
                     self._bar(seat, str(error.cause))
@@ -418,7 +354,7 @@ class Pool:
         if todo is not None and todo is self._round:
             self._retry(seat, todo, number, reason)
 
-    def _retry(self, seat: _Seat, todo: _Round, number: int, reason: str) -> None:
+    def _retry(self, seat: _Seat, todo: Round, number: int, reason: str) -> None:
         """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._pool.retries:
@@ -426,19 +362,65 @@ class Pool:
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
                 "pool.retries allows no more"
             )
+        self._give_again(seat, todo, number)
+
+    def _give_again(self, seat: _Seat, todo: Round, number: int, reason: str = "") -> None:
+        """Put a call back that a seat's worker was given, unless another is at it or it is done."""
         still = any(other.round is todo and other.number == number for other in self._seats)
         if number not in todo.results and not still:
             self.retries += 1
             call = todo.calls[number]
-            self._notify(Notice(f"{call.name} is given out again", seat.index, call))
+            self._notify(Notice(f"{call.name} is given out again{reason}", seat.index, call))
             todo.repeated.discard(number)
             todo.put_back(number)
 
-    def _tell_given_up(self, todo: _Round) -> None:
+    # --- room in the object store
+
+    def _once_there_is_room(self, store: Callable[[], Any]) -> Any:
+        """Store something in Ray as soon as it can be; raises ValueError if it cannot for long."""
+        since: float | None = None
+        while True:
+            try:
+                return store()
+            except FULL as error:
+                now = time.monotonic()
+                if since is None:
+                    since = now
+                    self._notify(f"Ray's object store is full; room in it is waited for up to {ROOM_S:.0f} s")
+                elif now - since > ROOM_S:
+                    raise _no_room("the driver's node") from error
+                time.sleep(TICK_S)
+
+    def _leave_for_later(self, seat: _Seat) -> None:
+        """Go on with a worker whose answer found no room, and have its call given out again; raises ValueError if there
+        is no room for long."""
+        todo, number = seat.round, seat.number
+        if todo is None:
+            self._lose(seat, "Ray's object store is full")
+            return
+        seat.is_free()
+        if todo is not self._round or number in todo.results:
+            return
+        now = time.monotonic()
+        if now - todo.homeless.setdefault(number, now) > ROOM_S:
+            raise _no_room(f"node {seat.place.node[:8]}")
+        self._give_again(seat, todo, number, " (Ray's object store is full)")
+        time.sleep(TICK_S)  # there is no more room until something else is done
+
+    def _tell_given_up(self, todo: Round) -> None:
         names = [call.name for number, call in enumerate(todo.calls) if number not in todo.results]
         self._notify(f"going on without {len(names)} of {len(todo.calls)} calls: {', '.join(names[:NOTICES])}")
 
     # --- nodes
+
+    def _check_room(self, room: int) -> None:
+        """Raises ValueError if there is no room for the fewest workers, unless nodes may come."""
+        nodes_may_come = not self._owns_ray and not isinstance(self._pool.workers, int | str)
+        if room < self._fewest and not nodes_may_come:
+            kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
+            raise ValueError(
+                f"pool.workers: the cluster has room for {room} workers of {kind} each, not {self._fewest}"
+            )
 
     def _places(self, nodes: dict[str, dict[str, float]]) -> list[Place]:
         usable = {node: resources for node, resources in nodes.items() if node not in self._barred}
@@ -447,21 +429,12 @@ class Pool:
     def _place_for(self, seat: _Seat) -> Place | None:
         """Where a worker that lost its process goes on: where it was, or elsewhere if its node is gone or it died there
         before it had started."""
-        free = self._free(self._places(living_nodes()), without=seat)
+        taken = [other.place for other in self._seats if other is not seat]
+        free = free_places(self._places(living_nodes()), taken)
         elsewhere = [place for place in free if place.node != seat.place.node]
         if seat.place in free and not (seat.failed_starts and elsewhere):
             return seat.place
         return next(iter([*elsewhere, *free]), None)
-
-    def _free(self, places: Sequence[Place], without: _Seat | None = None) -> list[Place]:
-        """The places that nobody has, in their order; the same one may be there for several."""
-        taken = Counter(seat.place for seat in self._seats if seat is not without)
-        free = []
-        for place in places:
-            taken[place] -= 1
-            if taken[place] < 0:
-                free.append(place)
-        return free
 
     def _others_than(self, node: str) -> bool:
         """Whether there are other nodes, on which the run can go on."""
@@ -478,7 +451,7 @@ class Pool:
         """Have workers begin where there is room, as many as there may be; how many."""
         numbers = (index for index in count() if all(seat.index != index for seat in self._seats))
         room = int(min(self._most, len(places))) - len(self._seats)
-        free = self._free(places)[: max(0, room)]
+        free = free_places(places, [seat.place for seat in self._seats])[: max(0, room)]
         for place in free:
             self._seats.append(_Seat(next(numbers), place))
             self._start(self._seats[-1])
@@ -503,7 +476,7 @@ class Pool:
         elif now - self._short_since > limit:
             raise ValueError(
                 f"pool.workers: {there_are}, and no node came in {limit:.0f} s; "
-                "once there are nodes, `es-engine resume RUN` goes on from here"
+                "once there are nodes, begin again, or `es-engine resume RUN` goes on from here"
             )
 
     def _watch(self) -> None:
@@ -530,79 +503,9 @@ class Pool:
         self._check_strength(now)
 
 
-def connect(address: str | None) -> bool:
-    """Join the cluster at `address`, or start a local one; True if one was started.
-
-    Raises ValueError for a bad address.
-    """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    _initialise(address)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it for itself, and dies of it with a stack trace
-    return address is None
-
-
-def _initialise(address: str | None) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        with _on_loopback():
-            ray.init(address="local", include_dashboard=False, **quiet)
-        if TOKEN.is_file():  # which Ray lets everybody read
-            TOKEN.chmod(0o600)
-        return
-    try:
-        _knock(address)
-        ray.init(address=address, **quiet)
-    except OSError as error:  # ConnectionError and time-outs
-        raise ValueError(
-            f"pool.address: no Ray cluster answers at {address}; start one or use null for a local one"
-        ) from error
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Inside, Ray takes 127.0.0.1 for the address of this machine, and what it starts listens there alone.
-
-    It does so by itself where it knows no clusters, on macOS and Windows. There is no setting for it elsewhere: as an
-    argument, that address is replaced by one that other machines reach.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port, which Ray itself would only find out after minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def living_nodes() -> dict[str, dict[str, float]]:
-    """The resources of the cluster's living nodes, by id."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-
-
-def _uses_gpus(config: Config) -> bool:
-    import torch
-
-    return torch.version.cuda is not None and not (config.engine.kind == "hf" and config.engine.device == "cpu")
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        # Spinning threads would take the cores from Ray's own processes.
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
-    }
+def _no_room(where: str) -> ValueError:
+    return ValueError(
+        f"Ray's object store on {where} and the disk that it spills to have been full for {ROOM_S:.0f} s; make room "
+        "under Ray's temporary folder (/tmp/ray), or start Ray with more --object-store-memory, and `es-engine resume "
+        "RUN` goes on from here"
+    )

@@ -2,8 +2,9 @@
 
 One thread, the supervisor, owns every child process. It sleeps in poll(), no longer than to the next deadline, and for
 a moment while all children are busy, so that their replies gather; it never blocks on a child's socket, so neither side
-can make the other wait for ever. A child that is late, dies or cannot be started costs the job it was at its score; its
-other jobs go to another child. A job is one rollout, or those that the verifier takes at once.
+can make the other wait for ever. A child that is late or cannot be started costs the job it was at its score, and so
+does the second that dies at a job: the first may have been killed by others. Its other jobs go to another child. A job
+is one rollout, or those that the verifier takes at once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Scorer:
     rollouts. There are up to twice as many children as `processes` while some of them have probably hung.
 
     `failures` counts rollouts by the verifier, or the part of a sum, that left them without a score, and by kind:
-    timeout, exception, invalid value, died, out of memory, or no score where it gave none.
+    timeout, exception, invalid value, died, out of memory, or no score where it gave none. `rescored` counts rollouts
+    that were given to another child because one died at them.
 
     Raises ValueError where the verifier cannot be loaded.
     """
@@ -57,6 +59,7 @@ class Scorer:
         recycle: int = RECYCLE,
     ) -> None:
         self.failures: Counter[tuple[str, str]] = Counter()
+        self.rescored = 0
         self._verifier = verifier
         self._processes = processes
         self._limits = Limits(deadline, start_timeout, memory_bytes, recycle)
@@ -174,10 +177,11 @@ class Scorer:
             child.flush()
 
     def _next_job(self) -> Job:
-        """The next of what there is to do; for a verifier that takes batches, as much of it as makes one."""
+        """The next of what there is to do; for a verifier that takes batches, as much of it as makes one. A job that is
+        tried again stays as it was, lest what is new in it dies with it."""
         job = self._todo.popleft()
-        if self._takes == "batch":
-            while self._todo and len(job.keys) + len(self._todo[0].keys) <= BATCH:
+        if self._takes == "batch" and not job.again:
+            while self._todo and not self._todo[0].again and len(job.keys) + len(self._todo[0].keys) <= BATCH:
                 job += self._todo.popleft()
         return job
 
@@ -238,12 +242,17 @@ class Scorer:
                 self._changed.notify_all()
 
     def _remove(self, child: ScoringProcess, failure: ProcessFailure) -> None:
-        """End a child, charge the job it was at and put the rest back; _dispatch starts another when there is work."""
+        """End a child, charge the job it was at unless that may be tried again, and put the rest back; _dispatch starts
+        another when there is work."""
         child.kill()
         self._children.remove(child)
         if not self._started:
             raise ValueError(str(failure))
-        self._finish(child.charge(failure))
+        if failure.perhaps_killed and child.jobs and not child.jobs[0].again:
+            child.jobs[0].again = True
+            self.rescored += len(child.jobs[0].keys)
+        else:
+            self._finish(child.charge(failure))
         self._todo.extendleft(reversed(child.jobs))
 
     def _finish(self, verdicts: Sequence[Verdict]) -> None:

@@ -1,7 +1,7 @@
 """A process that a verifier runs in, as its parent sees it; `workers.scoring_child` is what runs there.
 
 It works through its jobs in order, so the first of them is the one it is at: that one's clock runs from the reply
-before it, and that one is charged when the process is late, dies or cannot be started.
+before it, and that one is charged when the process is late, dies for the second time or cannot be started.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Job:
-    """Rollouts that are judged together, each as JSON."""
+    """Rollouts that are judged together, each as JSON. One process died at them if they are judged `again`."""
 
     keys: tuple[Hashable, ...]
     rollouts: list[bytes]
+    again: bool = False
 
     def __add__(self, other: Job) -> Job:
         return Job(self.keys + other.keys, self.rollouts + other.rollouts)
@@ -64,12 +65,14 @@ class Verdict(NamedTuple):
 
 
 class ProcessFailure(Exception):
-    """A process is of no further use, and the job it was at has no score, which counts against verifier `name`."""
+    """A process is of no further use, and the job it was at has no score, which counts against verifier `name`; unless
+    the process was `perhaps_killed` by others, who may spare the next."""
 
-    def __init__(self, name: str, kind: Failure, error: str) -> None:
+    def __init__(self, name: str, kind: Failure, error: str, *, perhaps_killed: bool = False) -> None:
         super().__init__(error)
         self.name = name
         self.kind = kind
+        self.perhaps_killed = perhaps_killed
 
 
 class ScoringProcess:
@@ -183,7 +186,8 @@ class ScoringProcess:
             data = b""
         if not data:
             name = self._asked
-            raise ProcessFailure(name, "died", f"verifier: the process of {name} died ({_ending(self.kill())})")
+            error = f"verifier: the process of {name} died ({_ending(self.kill())})"
+            raise ProcessFailure(name, "died", error, perhaps_killed=True)
         *lines, self._incoming = (self._incoming + data).split(b"\n")
         if len(self._incoming) > MAX_REPLY:
             raise ProcessFailure(

@@ -165,6 +165,7 @@ class InlineScorer:
     def __init__(self, verifier: VerifierSpec) -> None:
         """Raises ValueError where the verifier cannot be loaded."""
         self.failures: Counter[tuple[str, str]] = Counter()
+        self.rescored = 0
         self._verifier = verifier.load()
         self._scores: dict[Hashable, Score] = {}
 

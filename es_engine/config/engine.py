@@ -12,6 +12,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Repeats = Annotated[int, Field(ge=2)]
 
 
+CPU_KV_CACHE_GIB = 1.0
+"""vLLM's own choice of a KV cache fails beside other processes on a CPU, where memory is nobody's alone."""
+
+
 class VllmEngineConfig(ConfigModel):
     """vLLM: many perturbed adapters in one batch."""
 
@@ -27,7 +31,8 @@ class VllmEngineConfig(ConfigModel):
     )
     max_num_seqs: PositiveInt = Field(default=256, description="Sequences that are generated at the same time.")
     kv_cache_gib: PositiveFloat | None = Field(
-        default=None, description="Size of the KV cache in GiB; null: on a GPU, what gpu_memory_utilization leaves."
+        default=None,
+        description="Size of the KV cache in GiB; null: on a GPU, what gpu_memory_utilization leaves, on a CPU 1.",
     )
     gpu_memory_utilization: Fraction = Field(default=0.9, description="Fraction of a GPU's memory that vLLM may use.")
     block_size: PositiveInt | None = Field(

@@ -43,7 +43,7 @@ class PoolConfig(ConfigModel):
     ] = Field(
         default="auto",
         description="Number of workers; auto fills the cluster, as it grows and shrinks, and so do min and max, within "
-        "them.",
+        "them; an autoscaler is asked for max.",
     )
     address: Text | None = Field(
         default=None,

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from es_engine.costs import Costs
 from rewards.base import Split
+from workers.calls import Call
 from workers.chunks import Problem
 from workers.engine import Vector
-from workers.pool import Call
 
 Problems = Callable[[Split, Sequence[int]], list[Problem]]
 """The task's problems of a split by number, ready for the model."""

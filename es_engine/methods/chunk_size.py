@@ -14,8 +14,8 @@ from dataclasses import replace
 from es_engine.methods.base import CallRunner
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.spaces.lora import LoraSpace
+from workers.calls import Call
 from workers.chunks import Problem
-from workers.pool import Call
 
 MOST_PROBLEMS = 64
 MOST_TOKENS = 64

@@ -28,9 +28,9 @@ from es_engine.methods import population as populations
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
 from es_engine.methods.fitness import Fitness, RewardFitness
+from workers.calls import Call
 from workers.chunks import Chunk, Problem, WeightedNoise
 from workers.engine import Member, Sampling, Vector
-from workers.pool import Call
 
 Array = npt.NDArray[np.float64]
 NoiseSum = Callable[[int, Sequence[int], Sequence[float]], Vector]

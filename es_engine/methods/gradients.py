@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from es_engine.methods.base import CallRunner
+from workers.calls import Call
 from workers.engine import Vector
 from workers.gradient import Loss, PartialGradient
-from workers.pool import Call
 from workers.samples import Sample, micro_batches
 
 IN_FLIGHT_BYTES = 1 << 30

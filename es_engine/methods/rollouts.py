@@ -18,8 +18,8 @@ from es_engine.costs import Costs
 from es_engine.methods import shaping
 from es_engine.methods.base import CallRunner
 from rewards.base import NO_SCORE
+from workers.calls import Call
 from workers.chunks import Chunk, ChunkResult, Problem, absent, by_verifier, fault_of
-from workers.pool import Call
 
 Array = npt.NDArray[np.float64]
 
@@ -102,6 +102,7 @@ def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
         "failures": failures_by_verifier(results),
+        "rescored": sum(result.rescored for result in results),
         "times": _phase_times(results),
     }
 

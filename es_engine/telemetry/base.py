@@ -40,6 +40,7 @@ class GenerationLine(TypedDict):
     constant_members: int | None  # members whose rewards were all equal
     learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
+    rescored: int  # rollouts given to a verifier again because its process died
     worker_restarts: int  # since this process started
     eta_seconds: float | None
 
@@ -61,6 +62,7 @@ class EvaluationLine(TypedDict):
     seconds: float
     times: Mapping[str, float]  # seconds of work by its kind, added over workers
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
+    rescored: int  # rollouts given to a verifier again because its process died
 
 
 class Telemetry(Protocol):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from es_engine.telemetry.base import Line, numbers
 from es_engine.telemetry.console import evaluation_text, generation_title
 from es_engine.text import discreet
-from workers.pool import Notice
+from workers.calls import Notice
 
 LOG = "log.jsonl"
 LONGEST_LINE = 1 << 20

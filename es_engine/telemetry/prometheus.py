@@ -133,6 +133,7 @@ class PrometheusTelemetry(Collector):
 
     def _work(self, split: str, line: Line, rollouts: int) -> None:
         self._add("rollouts_total", rollouts, split)
+        self._add("rollouts_rescored_total", line["rescored"], split)
         self._add("tokens_total", line["tokens"], split, "generated")
         self._add("tokens_total", line["prompt_tokens"], split, "prompt")
         for phase, seconds in line["times"].items():

@@ -21,6 +21,7 @@ TAGS = {
     "seconds": "seconds/generation",
     "seconds_rollouts": "seconds/rollouts",
     "seconds_update": "seconds/update",
+    "rescored": "failures/rescored",
     "worker_restarts": "failures/worker_restarts",
 }
 MAPPINGS = ("components", "failures", "spent", "learning", "times")
