@@ -88,7 +88,7 @@ def living_nodes() -> dict[str, dict[str, float]]:
 
 
 def found_no_room(error: Exception) -> bool:
-    """Whether that ended a task, or what was done with its answer."""
+    """Whether a task, or the passing on of its answer, ended for want of room."""
     return isinstance(error.cause if isinstance(error, RayTaskError) else error, FULL)
 
 
