@@ -31,7 +31,7 @@ class GenerationLine(TypedDict):
     seconds: float
     seconds_rollouts: float
     seconds_update: float
-    times: Mapping[str, float]  # seconds of work by its kind, added over workers
+    times: Mapping[str, float]  # seconds of work by its kind (slots, generate, score, learn), added over workers
     sigma: float | None
     lr: float
     theta_rms: float
@@ -40,7 +40,7 @@ class GenerationLine(TypedDict):
     constant_members: int | None  # members whose rewards were all equal
     learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
-    worker_restarts: int  # since this process started
+    worker_restarts: int  # since this process began with the run
     eta_seconds: float | None
 
 
