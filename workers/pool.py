@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from es_engine.config import Config, SimulatedEngineConfig
 from workers.actor import Worker, WorkerSetup
+from workers.divergence import Diverged, NotFinite
 from workers.places import Place, bounds, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
@@ -62,7 +63,7 @@ class Call:
     `chunk` the number of the chunk that it is about.
 
     `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
-    goes to another.
+    goes to another. Where it is `NotFinite` once more, nobody else is asked.
     """
 
     name: str
@@ -87,7 +88,8 @@ class Notice(str):
 
 class _Round:
     """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
-    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers."""
+    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers,
+    `not_finite` those to which a reply was not finite."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
@@ -95,6 +97,7 @@ class _Round:
         self.results: dict[int, Any] = {}
         self.took: list[float] = []
         self.repeated: set[int] = set()
+        self.not_finite: set[int] = set()
         self.deaths: Counter[int] = Counter()
         for number, call in enumerate(calls):
             self.waiting[call.preferred].append(number)
@@ -212,7 +215,8 @@ class Pool:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
         An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
-        ValueError if there are too few workers for longer than `pool.node_timeout_s`.
+        Diverged if no worker has finite numbers to reply to one, ValueError if there are too few workers for longer
+        than `pool.node_timeout_s`.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
@@ -235,6 +239,10 @@ class Pool:
             return [todo.results.pop(number, None) for number in range(len(calls))]
         finally:
             self._round = None
+
+    def count_anew(self) -> None:
+        """Count restarts, speculative calls and retries from zero, as of a run that begins."""
+        self.restarts = self.speculative = self.retries = 0
 
     def assign(self, setup: WorkerSetup) -> None:
         """Have the workers, and those that will replace them, serve another run, of the same engine and pool.
@@ -356,7 +364,7 @@ class Pool:
         todo, (result,) = seat.round, reply
         if todo is not None and todo is self._round and seat.number not in todo.results:
             if (fault := todo.calls[seat.number].fault(result)) is not None:
-                self._lose(seat, f"a bad reply to {seat.busy_with}: {fault}")
+                self._refuse(seat, todo, fault)
                 return
             todo.results[seat.number] = result
             todo.took.append(took)
@@ -364,6 +372,16 @@ class Pool:
             self._has_started(seat, result)
         else:
             seat.is_free()
+
+    def _refuse(self, seat: _Seat, todo: _Round, fault: str) -> None:
+        """Replace a worker for a bad reply to a call, unless those before it replied alike."""
+        call = todo.calls[seat.number]
+        if isinstance(fault, NotFinite) and (seat.number in todo.not_finite or not self._pool.retries):
+            seat.is_free()
+            raise Diverged(f"{fault} in every reply to {call.name}")
+        if isinstance(fault, NotFinite):
+            todo.not_finite.add(seat.number)
+        self._lose(seat, f"a bad reply to {call.name}: {fault}")
 
     def _has_started(self, seat: _Seat, report: dict[str, Any]) -> None:
         """Note that a worker is ready, and what its canary found."""
