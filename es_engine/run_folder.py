@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def diverged_file(self) -> Path:
+        """Why a run that diverged went no further; left by a comparison, which will not have it go on."""
+        return self.path / "diverged.json"
+
+    @property
     def report(self) -> Path:
         """The page of curves and samples that a finished run ends with."""
         return self.path / "report.html"

@@ -13,7 +13,7 @@ from es_engine.run_folder import RunFolder
 from es_engine.run_lock import holder
 from es_engine.telemetry.log import last_error
 
-State = Literal["running", "stopped", "finished", "unreadable"]
+State = Literal["running", "stopped", "diverged", "finished", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _read(folder: RunFolder, process: str | None) -> Status:
     spent = stage.budget.progress(past.step - past.first_step, past.costs)
     return Status(
         path=folder.path,
-        state="running" if process else "finished" if folder.adapter.is_dir() else "stopped",
+        state="running" if process else _state(folder),
         process=process,
         step=past.step,
         steps=_all_steps(config),
@@ -91,6 +91,13 @@ def _read(folder: RunFolder, process: str | None) -> Status:
         eta_seconds=past.seconds * (1 - spent) / spent if process and spent else None,
         error=last_error(folder.path),
     )
+
+
+def _state(folder: RunFolder) -> State:
+    """That of a run which no process trains."""
+    if folder.diverged_file.is_file():
+        return "diverged"
+    return "finished" if folder.adapter.is_dir() else "stopped"
 
 
 def _all_steps(config: Config) -> int | None:

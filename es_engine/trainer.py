@@ -25,10 +25,14 @@ from es_engine.run_folder import RunFolder, write_json_lines
 from es_engine.run_lock import locked
 from es_engine.session import Materials, Session, errors_in_place, sampling
 from es_engine.telemetry import Telemetry, open_telemetry
+from workers.divergence import Diverged
 
 
 def train(config: Config, run_dir: Path | str | None = None) -> Run:
-    """Train to the end of the budget and leave a run folder (default: runs/NAME). Raises ValueError for bad input."""
+    """Train to the end of the budget and leave a run folder (default: runs/NAME).
+
+    Raises ValueError for bad input, and Diverged, which is one, where training leads to numbers that are not finite.
+    """
     folder = RunFolder(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
     folder.refuse_existing()
     notices = Notices()
@@ -41,7 +45,7 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
 def resume(run_dir: Path | str) -> Run:
     """Go on with a run that was stopped, to the ledger it would have had.
 
-    Raises ValueError if it cannot be continued.
+    Raises ValueError if it cannot be continued, Diverged as `train` does.
     """
     folder = RunFolder.existing(Path(run_dir))
     notices = Notices()
@@ -66,8 +70,22 @@ def go_on(session: Session, folder: RunFolder, notices: Notices) -> None:
     _run(session, folder.load_config(), folder, folder.open_ledger(), notices)
 
 
+def conclude(session: Session, folder: RunFolder, notices: Notices) -> None:
+    """End a run where it is, whatever is left of its budget, with an evaluation and the final adapter; session and
+    folder are as for `go_on`."""
+    config, ledger = folder.load_config(), folder.open_ledger()
+    state = restore(Stages(config, session.materials), folder, ledger)
+    with (
+        open_telemetry(config, folder, state.step, session.pool) as telemetry,
+        notices.delivered_to(telemetry),
+    ):
+        _evaluate_if_due(session, folder, ledger, state, telemetry, final=True)
+        save_adapter(session.materials, state.theta, folder.adapter)
+
+
 def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, notices: Notices) -> None:
     """All stages from the end of the ledger on; then the final adapter."""
+    session.pool.count_anew()
     stages = Stages(config, session.materials)
     state = restore(stages, folder, ledger)
     if not ledger.lines:
@@ -80,7 +98,7 @@ def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, no
             if config.stages:
                 state = _begin_stage(number, session, config, ledger, state)
                 telemetry.message(f"stage {number + 1} of {len(stages)}: {session.materials.config.method.kind}")
-            with errors_in_place(session.materials.config):
+            with errors_in_place(session.materials.config), _divergence_in_words(session, state):
                 _run_stage(session, folder, ledger, state, telemetry)
         save_adapter(session.materials, state.theta, folder.adapter)
 
@@ -98,6 +116,25 @@ def _begin_stage(number: int, session: Session, config: Config, ledger: Ledger, 
         line["teacher"] = session.materials.teacher.fingerprint
     ledger.append({**line, "theta": fingerprint(state.theta)})
     return state
+
+
+@contextmanager
+def _divergence_in_words(session: Session, state: State) -> Iterator[None]:
+    """Inside, training that diverges ends in a sentence that says where, and what to do about it."""
+    try:
+        yield
+    except Diverged as error:
+        config = session.materials.config
+        if np.array_equal(state.theta, session.materials.space.start()):
+            raise ValueError(
+                f"{error}, before training has changed anything: the base model or space.init leads there; "
+                "another engine.dtype may help"
+            ) from error
+        sigma = f" or {config.place}method.sigma" if config.method.kind == "es" else ""
+        raise Diverged(
+            f"training diverged in step {state.step + 1}: {error}; all that was reached before is kept; "
+            f"lower {config.place}optimizer.lr ({config.optimizer.lr:g}){sigma}"
+        ) from error
 
 
 def _run_stage(session: Session, folder: RunFolder, ledger: Ledger, state: State, telemetry: Telemetry) -> None:
@@ -138,12 +175,17 @@ def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: Stat
 
 
 def _climb(state: State, directions: Directions, lr: float) -> tuple[Report, int]:
-    """Take a step, direction by direction; its report, and how many there were."""
+    """Take a step, direction by direction; its report, and how many there were.
+
+    Raises Diverged where theta overflows.
+    """
     moves = 0
     try:
         direction = next(directions)
         while True:
             state.theta = state.optimizer.step(state.theta, direction, lr)
+            if not np.isfinite(state.theta).all():
+                raise Diverged("theta is not finite")
             moves += 1
             direction = directions.send(state.theta)
     except StopIteration as end:

@@ -21,6 +21,7 @@ from es_engine.session import Materials, gather, needs, worker_setup
 from workers.actor import Worker, WorkerSetup
 from workers.calls import Call
 from workers.canary import CanaryReport
+from workers.divergence import Diverged, NotFinite
 from workers.engine import Vector
 
 GENERATIONS = 4
@@ -54,8 +55,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 class LocalPool:
     """A pool of real workers in this process, which carry out calls in turn; keeps the calls."""
 
-    restarts = speculative = retries = 0
-
     def __init__(self, materials: Materials, workers: int = 1) -> None:
         self._start(worker_setup(materials, needs(materials)), workers)
 
@@ -64,6 +63,7 @@ class LocalPool:
         for worker in self.workers:
             worker.start()
         self.calls: list[Call] = []
+        self.count_anew()
 
     def assign(self, setup: WorkerSetup) -> None:
         for worker in self.workers:
@@ -87,10 +87,21 @@ class LocalPool:
     def put(self, value: Any) -> Any:
         return value
 
+    def count_anew(self) -> None:
+        self.restarts = self.speculative = self.retries = 0
+
     def run(self, calls: Sequence[Call]) -> list[Any]:
         self.calls += calls
-        turns = cycle(self.workers)
-        return [getattr(worker, call.method)(*call.arguments) for worker, call in zip(turns, calls, strict=False)]
+        return [carry_out(worker, call) for worker, call in zip(cycle(self.workers), calls, strict=False)]
+
+
+def carry_out(worker: Worker, call: Call) -> Any:
+    """A worker's reply to a call, which it would give again."""
+    reply = getattr(worker, call.method)(*call.arguments)
+    if isinstance(fault := call.fault(reply), NotFinite):
+        raise Diverged(f"{fault} in every reply to {call.name}")
+    assert fault is None, fault
+    return reply
 
 
 def climb(materials: Materials, pool: LocalPool, steps: int, lr: float) -> tuple[Vector, list[Report]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from es_engine.compare.measures import read_measures
 from es_engine.compare.runner import compare
 from es_engine.config import ComparisonConfig, dump_comparison, parse_comparison
 from es_engine.ledger import Ledger, first_difference
+from es_engine.report import RunGroup, read_run
+from es_engine.report.page import summary as page_summary
+from es_engine.status import read_status
 from workers.calls import Call
 
 DIGITS = """
@@ -160,6 +164,48 @@ def test_killed_and_interrupted_it_comes_to_the_same_tables(
         assert [(line["step"], line["reward"]) for line in mine] == [(line["step"], line["reward"]) for line in theirs]
     mine, theirs = (json.loads((each / "comparison.json").read_text()) for each in (folder, undisturbed))
     assert comparable(mine) == comparable(theirs)
+
+
+def test_runs_that_diverge_are_told_of_counted_as_they_are_and_not_repeated(
+    chosen: ComparisonConfig, tmp_path: Path
+) -> None:
+    """Of the grid of one run a setting diverges, of that of the other all do."""
+    sft = {"method": {"kind": "sft", "batch": 4}, "optimizer": {"kind": "adam"}}
+    grids = {"careful": [1e30, 0.001], "wild": [1e30, 1e29]}
+    runs = {run: {**sft, "grid": {"optimizer.lr": rates}} for run, rates in grids.items()}
+    data = chosen.model_dump(mode="json") | {"runs": runs, "other_tasks": {}, "budget": {"generations": 3}}
+    comparison, folder = parse_comparison(data), tmp_path / "diverging"
+    compare_here(comparison, folder)
+
+    summary = json.loads((folder / "comparison.json").read_text())
+    marks = {run: [(trial["diverged"], trial["chosen"]) for trial in grid] for run, grid in summary["grids"].items()}
+    assert marks == {"careful": [(True, False), (False, True)], "wild": [(True, True), (True, False)]}
+    assert summary["grids"]["careful"][0]["reward"] is None
+    assert {run: data["diverged"] for run, data in summary["runs"].items()} == {"careful": [], "wild": [1, 2]}
+    for seed in (1, 2):
+        run = folder / f"runs/wild/seed-{seed}"
+        steps = len(Ledger(run / "ledger.jsonl").generations)
+        assert [line["step"] for line in Ledger(run / "eval.jsonl").lines] == list(range(steps + 1))
+        assert steps < 3
+        assert read_measures(run).kl is None
+        assert read_status(run).state == "diverged"
+        assert page_summary([RunGroup("wild", (read_run(run),))]).rows[0][-1] == "diverged"
+    reward = np.mean([Ledger(folder / f"runs/wild/seed-{seed}/eval.jsonl").lines[-1]["reward"] for seed in (1, 2)])
+    assert summary["runs"]["wild"]["figures"]["reward_final"]["mean"] == pytest.approx(reward)
+    written = (folder / "comparison.md").read_text()
+    assert "Diverged, and counted as they were after their last step: wild (seed 1, 2)." in written
+    assert "| 1 | 1e+30 | – | – | diverged, chosen |" in written
+    assert (folder / "report.html").is_file()
+
+    ledgers = {path: path.read_bytes() for path in folder.rglob("ledger.jsonl")}
+    with patch.object(session, "Pool", side_effect=AssertionError("nothing is left to run")):
+        compare(comparison, folder)
+    run = folder / "runs/wild/seed-2"  # as if it had been killed when it had diverged and was not evaluated yet
+    (run / "measures.json").unlink()
+    shutil.rmtree(run / "adapter")
+    compare_here(comparison, folder)
+    assert comparable(json.loads((folder / "comparison.json").read_text())) == comparable(summary)
+    assert {path: path.read_bytes() for path in ledgers} == ledgers
 
 
 def test_what_is_finished_is_not_run_again(chosen: ComparisonConfig, undisturbed: Path) -> None:

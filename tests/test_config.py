@@ -160,7 +160,7 @@ SENTENCES = {
     "method.kind=cma": 'method.kind: got "cma", accepted is es, grpo, opd, sft or dpo',
     "optimizer.kind=lion": 'optimizer.kind: got "lion", accepted is sgd, adam or adamw',
     "optimizer.kind=null": "optimizer.kind: got null, accepted is sgd, adam or adamw",
-    "optimizer.kind=adam": "optimizer.lr: missing, accepted is a number > 0",
+    "optimizer.kind=adam": "optimizer.lr: missing, accepted is a number > 0 and <= 1e+30",
     "optimizer=[]": "optimizer: got [], accepted is a mapping of kind sgd, adam or adamw",
     "optimizer={kind: adam, lr: 1, betas: [0.9]}": "optimizer.betas: got [0.9], accepted is a list of 2, "
     "each item a number >= 0 and < 1",
@@ -485,7 +485,7 @@ def test_explain_mentions_every_field() -> None:
                 re.match(rf"([\w.]+\.)?{name}\b", line) and line.endswith(f": {info.description}") for line in lines
             ), f"{model.__name__}.{name}"
     assert "space.rank (an integer >= 1; default 8): Rank r of every adapted matrix." in lines
-    assert "optimizer.lr (a number > 0; required): Learning rate." in lines
+    assert "optimizer.lr (a number > 0 and <= 1e+30; required): Learning rate." in lines
     assert "engine of kind hf: What generates the completions." in lines
 
 

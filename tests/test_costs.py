@@ -150,6 +150,9 @@ class InProcessPool(FunctionRunner):
     def __init__(self, setup: WorkerSetup, _notify: object) -> None:
         super().__init__(first_coordinates, setup.space.dim, seed=setup.config.seed)
 
+    def count_anew(self) -> None:
+        """There is nothing to count."""
+
     def close(self) -> None:
         """There is nothing to end."""
 

@@ -124,6 +124,9 @@ def test_pairs_of_rollouts_are_the_best_and_the_worst_scored_completion_of_a_pro
     assert len(pairs) == report.record["pairs"] > 4
     assert any(None in rewards for rewards in report.record["rewards"])
     assert report.costs.generated == report.record["tokens"] > 0
+    times = report.record["times"]
+    worked = sum(times[phase] for phase in ("slots", "generate", "score", "learn"))
+    assert worked == pytest.approx(report.costs.worker_seconds)
 
 
 def tokens_of(transcript: Transcript) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from es_engine.methods.grpo import Grpo, GrpoLoss
 from es_engine.methods.policy import Rollouts
 from es_engine.methods.updates import Updates
 from es_engine.past import replay
+from es_engine.report import RunGroup, read_run
+from es_engine.report.plots import Bars, plots
 from rewards.base import Example
 from workers.chunks import Problem
 from workers.engine import Completion, Sampling
@@ -167,6 +169,17 @@ def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
         assert line["costs"]["generated"] == tokens
         # Once to be drawn; once for the old log-probabilities; twice by the policy and twice by the base model.
         assert line["costs"]["processed"] == line["prompt_tokens"] + tokens + 5 * read
+
+
+def test_workers_seconds_are_told_by_the_work_they_went_into(undisturbed: Path) -> None:
+    phases = {"slots", "generate", "score", "learn"}
+    for line in Ledger(undisturbed / "ledger.jsonl").generations:
+        assert line["times"].keys() == phases | {"rollouts", "update", "total"}
+        assert sum(line["times"][phase] for phase in phases) == pytest.approx(line["costs"]["worker_seconds"])
+    (bars,) = [each for each in plots([RunGroup("grpo", (read_run(undisturbed),))]) if each.name == "worker-time"]
+    assert isinstance(bars, Bars)
+    assert bars.parts.keys() == phases
+    assert bars.parts["learn"][0] > 0
 
 
 def test_two_workers_and_a_killed_driver_change_nothing(undisturbed: Path, folder: Path, random_llama: Path) -> None:

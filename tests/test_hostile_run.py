@@ -77,6 +77,9 @@ class InlinePool:
         self._worker = HostileWorker(setup, 0, None)
         self._worker.start()
 
+    def count_anew(self) -> None:
+        """There is nothing to count."""
+
     def put(self, value: Any) -> Any:
         return value
 

@@ -16,6 +16,7 @@ from es_engine.config.pool import WorkerRangeConfig
 from workers import cluster as clusters
 from workers import pool as pools
 from workers.calls import Call
+from workers.divergence import Diverged, NotFinite
 from workers.places import bundles
 from workers.pool import Pool
 
@@ -456,6 +457,34 @@ def test_a_worker_that_replies_nonsense_is_replaced_and_its_call_given_to_others
     assert notices == ["worker 1 is replaced (a bad reply to call 1: it is no number)", "call 1 is given out again"]
     with pytest.raises(RuntimeError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
         pool.run([Call("call 7", "evaluate", (5,), fault=lambda _: "never right")])
+
+
+def not_finite(reply: Any) -> str | None:
+    return NotFinite("the loss is not finite") if reply != reply else None
+
+
+def test_numbers_that_are_not_finite_cost_one_worker_and_the_second_time_the_round(start: Any) -> None:
+    def wild(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, float("nan") if method != "start" and (process == 0 or arguments == (9,)) else result
+
+    pool, _, notices = start(wild)
+    assert pool.run([Call("call 1", "evaluate", (5,), fault=not_finite)]) == [1]
+    assert notices[0] == "worker 0 is replaced (a bad reply to call 1: the loss is not finite)"
+    calls = [Call(f"call of {seconds} s", "evaluate", (seconds,), fault=not_finite) for seconds in (9, 30, 5)]
+    with pytest.raises(Diverged, match=r"^the loss is not finite in every reply to call of 9 s$"):
+        pool.run(calls)
+    assert (pool.restarts, pool.retries) == (2, 2)
+    pool.count_anew()
+    assert len(pool.run([call(5) for _ in range(4)])) == 4  # while one is still at a call that nobody waits for
+    assert (pool.restarts, pool.retries) == (0, 0)
+
+
+def test_where_a_call_may_cost_no_worker_numbers_that_are_not_finite_end_it_at_once(start: Any) -> None:
+    pool, _, notices = start(well, retries=0)
+    with pytest.raises(Diverged, match=r"in every reply to call 1$"):
+        pool.run([Call("call 1", "evaluate", (5,), fault=lambda _: NotFinite("a figure is not finite"))])
+    assert (pool.restarts, notices) == (0, [])
 
 
 # --- stragglers

@@ -13,7 +13,9 @@ from small_runs import LocalPool, SessionPool, small_config
 from es_engine import session
 from es_engine.config import Config
 from es_engine.evaluation import evaluate_center
+from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, Session, sampling
+from es_engine.trainer import Notices, begin
 
 ES = {"kind": "es", "population": 4, "sigma": 0.3, "prompts": 4}
 SFT = {"kind": "sft", "batch": 4}
@@ -86,3 +88,13 @@ def test_a_session_turns_to_no_run_that_needs_more_of_the_engines(random_llama: 
             found.turn_to(small_config(random_llama, ES, engine={"chunk": 8}))
         with pytest.raises(ValueError, match=r"^method\.kind: got \"sft\", accepted is es"):
             found.turn_to(small_config(random_llama, SFT))
+
+
+def test_a_run_counts_what_befalls_its_workers_from_its_own_beginning(random_llama: Path, tmp_path: Path) -> None:
+    config = small_config(random_llama, SFT, budget={"generations": 1})
+    run = RunFolder(tmp_path / "run")
+    with opened(config) as shared:
+        shared.pool.restarts = shared.pool.speculative = 3  # in a run before
+        begin(shared, config, run, Notices())
+    (line,) = run.open_ledger().generations
+    assert (line["restarts"], line["speculative"]) == (0, 0)

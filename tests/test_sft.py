@@ -63,6 +63,7 @@ def test_worked_solutions_make_those_of_heldout_problems_likelier(random_llama: 
     assert after > 0.6 * before
     assert reports[1].record["prompts"] == [found.task.example("train", number).id for number in range(16, 32)]
     assert reports[0].costs.generated == 0
+    assert reports[0].record["times"]["learn"] == reports[0].costs.worker_seconds > 0
     assert reports[0].costs.processed == sum(sample.tokens for sample in demonstrations(random_llama, 16, "train"))
 
 

@@ -201,6 +201,22 @@ def test_slots_written_again_hold_nothing_of_the_members_before(engine: VllmEngi
         np.testing.assert_array_equal(again, once)
 
 
+def test_members_without_finite_numbers_leave_nothing_in_the_cache_for_others(
+    engine: VllmEngine, space: LoraSpace
+) -> None:
+    """They fill all of its blocks, whose ends the prompts of the others then leave as they are."""
+    requests = [Request(slot, prompt) for prompt in random_prompts(9, 33, 150) for slot in range(SLOTS)]
+    before = engine.logprobs(requests)
+    engine.set_center(np.full(space.dim, 1e30, dtype=np.float32))
+    engine.write_slots(0, SIGMA, MEMBERS)
+    wild = [Request(number % SLOTS, prompt) for number, prompt in enumerate(random_prompts(*[255] * 260))]
+    assert len(list(engine.generate(wild, Sampling(max_tokens=1)))) == len(wild)
+    engine.set_center(random_center(space))
+    engine.write_slots(0, SIGMA, MEMBERS)
+    for again, once in zip(engine.logprobs(requests), before, strict=True):
+        np.testing.assert_array_equal(again, once)
+
+
 def test_an_engine_assigned_to_another_run_is_as_one_made_for_it(
     engine: VllmEngine, random_llama: Path, space: LoraSpace, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ class Call:
     `chunk` the number of the chunk that it is about.
 
     `fault` says what is wrong with a reply, None for a good one: after a bad one the worker is replaced and the call
-    goes to another.
+    goes to another. Where it is `NotFinite` once more, nobody else is asked.
     """
 
     name: str
@@ -49,8 +49,9 @@ class Notice(str):
 
 class Round:
     """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
-    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers, and
-    `homeless` since when there has been no room for the answer to a call."""
+    by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers,
+    `not_finite` those to which a reply was not finite, and `homeless` since when there has been no room for the answer
+    to a call."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
@@ -58,6 +59,7 @@ class Round:
         self.results: dict[int, Any] = {}
         self.took: list[float] = []
         self.repeated: set[int] = set()
+        self.not_finite: set[int] = set()
         self.deaths: Counter[int] = Counter()
         self.homeless: dict[int, float] = {}
         for number, call in enumerate(calls):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from es_engine.costs import Costs
 from rewards.base import Example, Message, Rollout, Score
+from workers.divergence import NotFinite
 from workers.engine import Completion, Member, Sampling, Vector, pairs_of
 
 Scores = npt.NDArray[np.float64]
@@ -196,12 +197,20 @@ def fault_of(chunk: Chunk, batch: Sequence[Problem], result: ChunkResult) -> str
     shape = (len(chunk.members), len(chunk.problems[0]), chunk.sampling.samples)
     if not result.rewards.shape == result.accuracy.shape == result.tokens.shape == shape:
         return f"it has rewards of shape {result.rewards.shape}, not {shape}"
+    if batch[0].reference is not None and _wild_references(chunk, batch, result):
+        return NotFinite("the likelihood of a reference is not finite")
     if np.isinf(result.rewards).any():
         return "a reward is infinite"
     accounted = sum(result.failures.values()) + sum(batch[place].reference == () for _, place in chunk.questions)
     if (missing := int(np.isnan(result.rewards).sum()) - accounted) > 0:
         return f"{missing} rollouts have neither a reward nor a failure"
     return None
+
+
+def _wild_references(chunk: Chunk, batch: Sequence[Problem], result: ChunkResult) -> bool:
+    """Whether a reference that there is has a likelihood that is not finite."""
+    given = np.array([batch[place].reference != () for _, place in chunk.questions], dtype=np.bool_)
+    return not np.isfinite(result.rewards.reshape(len(given), -1)[given]).all()
 
 
 def by_verifier(failures: Failures) -> dict[str, dict[str, int]]:

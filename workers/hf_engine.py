@@ -179,5 +179,12 @@ def _generation_arguments(sampling: Sampling) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": 0,
             "num_return_sequences": sampling.samples,
+            "logits_processor": [_drawable],
         }
     return arguments
+
+
+def _drawable(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Scores from which a token can be drawn where a model that diverged has none: one without a number is the
+    likeliest, as it is to a greedy choice, and to vLLM."""
+    return scores.where(scores < torch.inf, 1e30)

@@ -39,6 +39,7 @@ from workers.cluster import (
     living_nodes,
     on_gpus,
 )
+from workers.divergence import Diverged, NotFinite
 from workers.places import Place, bounds, bundles, free_places, plan_places
 from workers.simulated_engine import SimulatedWorkers
 
@@ -148,8 +149,8 @@ class Pool:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
         An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
-        ValueError if there are too few workers for longer than `pool.node_timeout_s`, or if Ray's object store is full
-        for long.
+        Diverged if no worker has finite numbers to reply to one, ValueError if there are too few workers for longer
+        than `pool.node_timeout_s`, or if Ray's object store is full for long.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
@@ -172,6 +173,10 @@ class Pool:
             return [todo.results.pop(number, None) for number in range(len(calls))]
         finally:
             self._round = None
+
+    def count_anew(self) -> None:
+        """Count restarts, speculative calls and retries from zero, as of a run that begins."""
+        self.restarts = self.speculative = self.retries = 0
 
     def assign(self, setup: WorkerSetup) -> None:
         """Have the workers, and those that will replace them, serve another run, of the same engine and pool.
@@ -296,7 +301,7 @@ class Pool:
         todo, (result,) = seat.round, reply
         if todo is not None and todo is self._round and seat.number not in todo.results:
             if (fault := todo.calls[seat.number].fault(result)) is not None:
-                self._lose(seat, f"a bad reply to {seat.busy_with}: {fault}")
+                self._refuse(seat, todo, fault)
                 return
             todo.results[seat.number] = result
             todo.took.append(took)
@@ -304,6 +309,16 @@ class Pool:
             self._has_started(seat, result)
         else:
             seat.is_free()
+
+    def _refuse(self, seat: _Seat, todo: Round, fault: str) -> None:
+        """Replace a worker for a bad reply to a call, unless those before it replied alike."""
+        call = todo.calls[seat.number]
+        if isinstance(fault, NotFinite) and (seat.number in todo.not_finite or not self._pool.retries):
+            seat.is_free()
+            raise Diverged(f"{fault} in every reply to {call.name}")
+        if isinstance(fault, NotFinite):
+            todo.not_finite.add(seat.number)
+        self._lose(seat, f"a bad reply to {call.name}: {fault}")
 
     def _has_started(self, seat: _Seat, report: dict[str, Any]) -> None:
         """Note that a worker is ready, and what its canary found."""

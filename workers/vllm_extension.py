@@ -20,6 +20,7 @@ from workers import cpu_tuning, grouped_lora
 from workers.engine import Filling, Member, Vector, pairs_of
 from workers.perturbation import Perturber
 from workers.slot_writers import FusedWriter, Place, SlotWriter, StagedWriter
+from workers.stale_cache import StaleCache
 
 # Here, because every rank imports this module before it builds its layers.
 cpu_tuning.install()
@@ -46,6 +47,7 @@ class SlotExtension:
         self._es_slots, self._es_sets = slots, sets
         self._es_background = ThreadPoolExecutor(1, thread_name_prefix="slots")
         self._es_writing: Future[Filling] | None = None
+        self._es_cache = StaleCache(self.model_runner)
         cpu_tuning.keep_logits(self.model_runner.sampler)
 
     def es_assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
@@ -83,6 +85,7 @@ class SlotExtension:
         the first slot of the set."""
         assert len(members) <= self._es_slots
         self.es_settle()
+        self._es_cache.clean()
         if self._es_ahead != (generation, sigma, members):
             self._es_write_set(generation, sigma, members)
         self._es_ahead = None

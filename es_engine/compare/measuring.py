@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -20,6 +22,7 @@ from es_engine.evaluation import Evaluation, evaluate_center
 from es_engine.losses import kl_k3
 from es_engine.methods import gradients, policy
 from es_engine.session import Session, sampling
+from workers.divergence import Diverged
 from workers.engine import Vector
 from workers.samples import Sample
 
@@ -80,8 +83,8 @@ def _evaluate(session: Session, theta: Vector, samples: int, temperature: float)
 
 
 def _kl_to_base(session: Session, theta: Vector) -> KlToBase | None:
-    """Estimated by k3 on a completion of each held-out prompt; None where there is no model in torch to ask, or where
-    what is said is not one completion."""
+    """Estimated by k3 on a completion of each held-out prompt; None where there is no model in torch to ask, where
+    what is said is not one completion, and where it is not finite."""
     found = session.materials
     config = found.config
     if (
@@ -98,11 +101,16 @@ def _kl_to_base(session: Session, theta: Vector) -> KlToBase | None:
         Sample(problem.prompt_ids, completion.token_ids)
         for problem, completion in zip(rollouts.asked, rollouts.completions, strict=True)
     ]
-    mine = gradients.logprobs(session.pool, samples, shared, VERSION, max_tokens=KL_TOKENS)
+    try:
+        mine = gradients.logprobs(session.pool, samples, shared, VERSION, max_tokens=KL_TOKENS)
+    except Diverged:
+        return None
     base = gradients.logprobs(session.pool, samples, None, VERSION, max_tokens=KL_TOKENS)
     sums = [
         float(kl_k3(torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)).sum())
         for one, other in zip(mine.rows, base.rows, strict=True)
     ]
+    if not math.isfinite(sum(sums)):
+        return None
     tokens = sum(len(row) for row in mine.rows)
     return KlToBase(per_token=sum(sums) / tokens, per_completion=float(np.mean(sums)), completions=len(sums))

@@ -31,10 +31,11 @@ class Outcome:
     reward of the others, so that means are those of the scored. `evaluating` are the costs of the evaluations, which
     count against no budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts
     without a score; `constant` that of the groups (of ES, the members) whose rewards are all equal; both are None for
-    methods without rollouts.
+    methods without rollouts. One that `diverged` ended early: its last evaluation is where its last step had led.
     """
 
     trial: Trial
+    diverged: bool
     steps: tuple[int, ...]
     costs: tuple[Costs, ...]
     rewards: Array
@@ -69,6 +70,7 @@ def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
     accuracy = [problem_accuracy(each, count) for each, count in zip(rows, samples, strict=True)]
     return Outcome(
         trial=trial,
+        diverged=trial.diverged(comparison_folder),
         steps=tuple(line["step"] for line in evaluations),
         costs=tuple(spent[line["step"]] for line in evaluations),
         rewards=np.stack([filled(problem_rewards(each, n)) for each, n in zip(rows, samples, strict=True)]),

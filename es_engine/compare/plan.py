@@ -6,11 +6,15 @@ A comparison's folder:
     tuning/RUN/trial-02/    a run folder for each trial of a grid, evaluated on the validation split
     runs/RUN/seed-1/        a run folder for each final run, evaluated on the test split, with its measures.json
 
+A run folder has a diverged.json where training diverged: a trial ends there without a score, a final run is evaluated
+and measured as it is.
+
 What is done is told from the folders alone, so a comparison that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +50,15 @@ class Trial:
         run = RunFolder(comparison_folder / self.folder)
         if not run.config_file.is_file():
             return "absent"
+        if self.purpose == "tuning" and self.diverged(comparison_folder):
+            return "finished"
         if not run.adapter.is_dir():  # the last thing that training leaves
             return "begun"
         return "trained" if self.purpose == "final" and not (run.path / MEASURES_FILE).is_file() else "finished"
+
+    def diverged(self, comparison_folder: Path) -> bool:
+        """Whether its training led to numbers that are not finite."""
+        return RunFolder(comparison_folder / self.folder).diverged_file.is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +71,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What a trial of a grid reached on the validation split at the end of training; None where there is no score."""
+    """What a trial of a grid reached on the validation split at the end of training; None where there is no score, as
+    of one that diverged."""
 
     trial: Trial
     reward: float | None
     accuracy: float | None
+    diverged: bool = False
 
 
 def tuning_trials(comparison: ComparisonConfig) -> list[Trial]:
@@ -116,28 +128,39 @@ def tuning_results(comparison: ComparisonConfig, folder: Path) -> dict[str, list
     finished."""
     results: dict[str, list[TrialResult]] = {}
     for trial in tuning_trials(comparison):
-        path = folder / trial.folder
         if trial.stage(folder) != "finished":
-            raise ValueError(f"{path}: this trial is not finished; run the comparison again to continue it")
-        last = RunFolder(path).open_evaluations().lines[-1]
-        results.setdefault(trial.run, []).append(TrialResult(trial, last["reward"], last["accuracy"]))
+            raise ValueError(
+                f"{folder / trial.folder}: this trial is not finished; run the comparison again to continue it"
+            )
+        results.setdefault(trial.run, []).append(_result(trial, folder))
     return results
+
+
+def _result(trial: Trial, folder: Path) -> TrialResult:
+    if trial.diverged(folder):
+        return TrialResult(trial, None, None, diverged=True)
+    last = RunFolder(folder / trial.folder).open_evaluations().lines[-1]
+    return TrialResult(trial, last["reward"], last["accuracy"])
 
 
 def choose(comparison: ComparisonConfig, folder: Path) -> dict[str, Choice]:
     """The setting of each run with the best mean reward on the validation split at the end of training; accuracy
-    decides between equals, then the order of the grid. Raises ValueError if a trial is not finished."""
+    decides between equals, then the order of the grid. One that diverged is chosen only if all did.
+
+    Raises ValueError if a trial is not finished.
+    """
     if not comparison.tunes:
         return {run: Choice(1, comparison.settings(run)[0]) for run in comparison.runs}
     return {
         run: Choice(best.trial.number, best.trial.setting)
         for run, results in tuning_results(comparison, folder).items()
-        for best in [max(results, key=lambda result: (_rank(result.reward), _rank(result.accuracy)))]
+        for best in [max(results, key=_merit)]
     }
 
 
-def _rank(value: float | None) -> float:
-    return float("-inf") if value is None else value
+def _merit(result: TrialResult) -> tuple[bool, float, float]:
+    reward, accuracy = (-math.inf if value is None else value for value in (result.reward, result.accuracy))
+    return not result.diverged, reward, accuracy
 
 
 def open_folder(comparison: ComparisonConfig, folder: Path) -> None:

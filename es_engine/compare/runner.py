@@ -26,7 +26,8 @@ from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
 from es_engine.run_lock import locked
 from es_engine.session import Session
-from es_engine.trainer import Notices, begin, go_on
+from es_engine.trainer import Notices, begin, conclude, go_on
+from workers.divergence import Diverged
 
 BASE = "base.json"
 """What the base model scores at the other tasks."""
@@ -63,7 +64,7 @@ def _run(comparison: ComparisonConfig, folder: Path) -> None:
         for trial in _until_done(comparison, folder):
             console.print(progress.title(trial), markup=False, highlight=False)
             started = time.monotonic()
-            _train(session, trial, folder, notices)
+            _train(session, trial, folder, notices, console)
             if trial.purpose == "final":
                 _measure(session, comparison, trial, folder)
             progress.done(trial, time.monotonic() - started)
@@ -86,8 +87,25 @@ def _every_config(comparison: ComparisonConfig) -> list[Config]:
     return [*stages, *(on_other_task(stages[0], task) for task in comparison.other_tasks.values())]
 
 
-def _train(session: Session, trial: Trial, folder: Path, notices: Notices) -> None:
-    """Train a trial to its end, from wherever it is; the session serves its last stage then."""
+def _train(session: Session, trial: Trial, folder: Path, notices: Notices, console: Console) -> None:
+    """Train a trial to its end, from wherever it is; the session serves its last stage then. Where training diverges,
+    that is the end."""
+    run = RunFolder(folder / trial.folder)
+    if not trial.diverged(folder):
+        try:
+            _go_on(session, trial, folder, notices)
+            return
+        except Diverged as error:
+            console.print(str(error), markup=False, highlight=False)
+            write_text(run.diverged_file, json.dumps({"reason": str(error)}) + "\n")
+    if trial.purpose == "final":
+        with locked(run.path):
+            session.turn_to(present_stage(run))
+            if not run.adapter.is_dir():
+                conclude(session, run, notices)
+
+
+def _go_on(session: Session, trial: Trial, folder: Path, notices: Notices) -> None:
     run = RunFolder(folder / trial.folder)
     match trial.stage(folder):
         case "absent":

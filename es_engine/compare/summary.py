@@ -81,6 +81,7 @@ def _run_data(comparison: ComparisonConfig, run: str, outcomes: Sequence[Outcome
         "trial": trial.number,
         "setting": trial.setting,
         "own_budget": comparison.runs[run].get("budget", {}),
+        "diverged": [each.trial.config.seed for each in outcomes if each.diverged],
         "figures": {name: _interval(table, _kind_of_interval(name)) for name, table in tables.items()},
         "observed": _observed(outcomes),
         "spent": {measure: _range([_costs(each, measure)[-1] for each in outcomes]) for measure in MEASURES},
@@ -235,6 +236,7 @@ def _grids(comparison: ComparisonConfig, folder: Path, choices: Mapping[str, Cho
                 "setting": result.trial.setting,
                 "reward": result.reward,
                 "accuracy": result.accuracy,
+                "diverged": result.diverged,
                 "chosen": result.trial.number == choices[run].number,
             }
             for result in results

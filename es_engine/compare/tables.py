@@ -53,6 +53,7 @@ def _scores(summary: Data, score: str) -> Table:
         f"Held-out {problems} problems, {_count(seeds, 'seed')}; each run ends at {_budget(summary['budget'])}. In "
         "brackets are 95% intervals over seeds and problems. Best is the evaluation with the highest reward, chosen on "
         f"these same problems and so too good; area is the mean over the budget of {NAMES[summary['measure']]}."
+        f"{_diverged(summary)}"
     )
     columns = {f"{score}_{when}": when for when in ("before", "final", "best", "area")}
     return _of_runs(summary, f"Held-out {score}", text, columns if _has(summary, f"{score}_final") else {})
@@ -108,6 +109,7 @@ def _spent(summary: Data) -> Table:
     text = (
         f"Each run ends after the step that reaches {', '.join([_budget(summary['budget']), *own])}. What its "
         "steps spent in all measures, evaluations and tuning apart, and how long they took; means over seeds."
+        f"{_diverged(summary)}"
     )
     rows: list[list[Cell]] = [
         [
@@ -118,6 +120,16 @@ def _spent(summary: Data) -> Table:
         for run, data in summary["runs"].items()
     ]
     return Table("What the runs spent", text, ["run", *NAMES.values(), "wall time"], rows)
+
+
+def _diverged(summary: Data) -> str:
+    """A sentence about the final runs that diverged; nothing where none did."""
+    found = [
+        f"{run} (seed {', '.join(map(str, data['diverged']))})"
+        for run, data in summary["runs"].items()
+        if data["diverged"]
+    ]
+    return f" Diverged, and counted as they were after their last step: {', '.join(found)}." if found else ""
 
 
 def _thresholds(summary: Data) -> Table:
@@ -198,7 +210,7 @@ def _grids(summary: Data) -> list[Table]:
                 *(in_yaml(trial["setting"][name]) for name in settings),
                 trial["reward"],
                 trial["accuracy"],
-                "chosen" if trial["chosen"] else "",
+                ", ".join(word for word in ("diverged", "chosen") if trial[word]),
             ]
             for trial in trials
         ]

@@ -56,6 +56,7 @@ def _csv_row(summary: Data, run: str, place: int) -> dict[str, Any]:
         "seed": summary["seeds"][place],
         "trial": data["trial"],
         "setting": json.dumps(data["setting"]),
+        "diverged": summary["seeds"][place] in data["diverged"],
         **{name: figure["seeds"][place] for name, figure in figures.items()},
     }
 

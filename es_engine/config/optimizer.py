@@ -11,6 +11,7 @@ from es_engine.config.schedule import Schedule
 
 DecayTo = Literal["zero", "start"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[PositiveFloat, Field(le=1e30)]  # past which a step of torch's may not fit into float32
 Betas = Annotated[tuple[Momentum, Momentum], Field(strict=False)]
 
 
@@ -18,7 +19,7 @@ class SgdConfig(ConfigModel):
     """torch.optim.SGD."""
 
     kind: Literal["sgd"] = Field(default="sgd", description="Stochastic gradient descent with momentum.")
-    lr: PositiveFloat = Field(description="Learning rate.")
+    lr: LearningRate = Field(description="Learning rate.")
     lr_schedule: Schedule = Field(default=Schedule(), description="How the learning rate changes over the budget.")
     momentum: Momentum = Field(default=0.0, description="Momentum.")
     nesterov: bool = Field(default=False, description="Nesterov's form of the momentum.")
@@ -40,7 +41,7 @@ class AdamConfig(ConfigModel):
     """torch.optim.Adam (Kingma and Ba, arXiv 1412.6980)."""
 
     kind: Literal["adam"] = Field(default="adam", description="Adam.")
-    lr: PositiveFloat = Field(description="Learning rate.")
+    lr: LearningRate = Field(description="Learning rate.")
     lr_schedule: Schedule = Field(default=Schedule(), description="How the learning rate changes over the budget.")
     betas: Betas = Field(
         default=(0.9, 0.999), description="Decay of the running means of the direction and of its square."
@@ -52,7 +53,7 @@ class AdamWConfig(ConfigModel):
     """torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     kind: Literal["adamw"] = Field(default="adamw", description="Adam with decoupled weight decay.")
-    lr: PositiveFloat = Field(description="Learning rate.")
+    lr: LearningRate = Field(description="Learning rate.")
     lr_schedule: Schedule = Field(default=Schedule(), description="How the learning rate changes over the budget.")
     betas: Betas = Field(
         default=(0.9, 0.999), description="Decay of the running means of the direction and of its square."

@@ -80,9 +80,14 @@ class Dpo:
             loss = DpoLoss(self.config.beta, count)
             found = [self._updates.gradient(pool, loss, pairs.samples, shared, step, together=2)]
             yield -found[0].gradient
+        learned = self._updates.costs(found, with_base=True)
         record = pairs.record | {"pairs": count, "learning": self._updates.figures(found) if found else {}}
-        record["times"] |= {"rollouts": drawn - started, "update": time.perf_counter() - drawn}
-        return Report(record, pairs.costs + self._updates.costs(found, with_base=True))
+        record["times"] |= {
+            "learn": learned.worker_seconds,
+            "rollouts": drawn - started,
+            "update": time.perf_counter() - drawn,
+        }
+        return Report(record, pairs.costs + learned)
 
 
 def pairs(config: DpoMethodConfig, seed: int, sampling: Sampling, completions: Completions) -> PairSource:

@@ -16,6 +16,7 @@ import numpy as np
 
 from es_engine.methods.base import CallRunner
 from workers.calls import Call
+from workers.divergence import NotFinite
 from workers.engine import Vector
 from workers.gradient import Loss, PartialGradient
 from workers.samples import Sample, micro_batches
@@ -111,7 +112,7 @@ def _logprobs(pool: CallRunner, method: str, samples: Sequence[Sample], max_toke
             f"{method} {number}",
             method,
             ([samples[place] for place in places], *arguments),
-            fault=partial(_fault_of_rows, [samples[place] for place in places]),
+            fault=partial(_fault_of_rows, [samples[place] for place in places], method == "teacher_logprobs"),
         )
         for number, places in enumerate(batches)
     ]
@@ -127,13 +128,19 @@ def _fault_of_gradient(dim: int, reply: PartialGradient) -> str | None:
     """What is wrong with a worker's gradient, if anything."""
     if reply.gradient.shape != (dim,):
         return f"it has shape {reply.gradient.shape}, not {(dim,)}"
-    return None if np.isfinite(reply.gradient).all() else "it is not finite"
+    numbers: dict[str, Any] = {"gradient": reply.gradient, "loss": reply.loss, **reply.metrics}
+    wild = next((name for name, value in numbers.items() if not np.isfinite(value).all()), None)
+    return None if wild is None else NotFinite(f"the {wild} is not finite")
 
 
-def _fault_of_rows(samples: Sequence[Sample], reply: tuple[list[Vector], float]) -> str | None:
+def _fault_of_rows(samples: Sequence[Sample], teacher: bool, reply: tuple[list[Vector], float]) -> str | None:
     """What is wrong with a worker's log-probabilities, if anything; a token that a teacher lacks has none."""
     found, expected = [len(row) for row in reply[0]], [len(sample.completion_ids) for sample in samples]
-    return None if found == expected else f"it has {sum(found)} tokens of {len(found)} samples, not {sum(expected)}"
+    if found != expected:
+        return f"it has {sum(found)} tokens of {len(found)} samples, not {sum(expected)}"
+    if not teacher and not all(np.isfinite(row).all() for row in reply[0]):
+        return NotFinite("a log-probability is not finite")
+    return None
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from es_engine import losses
 from es_engine.config.method import GrpoMethodConfig
+from es_engine.costs import Costs
 from es_engine.methods import policy
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
 from es_engine.methods.rollouts import total_costs
@@ -77,14 +78,15 @@ class Grpo:
         shared = pool.put(theta)
         rollouts = policy.roll_out(pool, shared, step, batch, self._sampling, config.chunk)
         samples = self._samples(rollouts)
-        spent = total_costs(rollouts.results)
+        learned = Costs()
         if config.updates > 1:
-            old, costs = self._updates.logprobs(pool, samples, shared, step * config.updates, config.temperature)
+            old, learned = self._updates.logprobs(pool, samples, shared, step * config.updates, config.temperature)
             samples = policy.with_values(samples, "old", old)
-            spent += costs
         found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)
+        learned += self._updates.costs(found, with_base=config.beta > 0)
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
-        return Report(record, spent + self._updates.costs(found, with_base=config.beta > 0))
+        record["times"]["learn"] = learned.worker_seconds
+        return Report(record, total_costs(rollouts.results) + learned)
 
     def _samples(self, rollouts: policy.Rollouts) -> list[Sample]:
         scale, mask_truncated = self.config.reward_scale, self.config.mask_truncated

@@ -89,16 +89,16 @@ class Opd:
             Sample(problem.prompt_ids, completion.token_ids, policy.sampled_logprobs(completion))
             for problem, completion in zip(rollouts.asked, rollouts.completions, strict=True)
         ]
-        spent = total_costs(rollouts.results)
+        learned = Costs()
         if config.form == "sampled":
-            samples, costs = self._judged(pool, shared, step, samples)
-            spent += costs
+            samples, learned = self._judged(pool, shared, step, samples)
         found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)
-        spent += self._updates.costs(found)
+        learned += self._updates.costs(found)
         if config.form == "exact":
-            spent += costs_of(self._teacher_parameters, sum(each.tokens for each in found))
+            learned += costs_of(self._teacher_parameters, sum(each.tokens for each in found))
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
-        return Report(record, spent)
+        record["times"]["learn"] = learned.worker_seconds
+        return Report(record, total_costs(rollouts.results) + learned)
 
     def _judged(
         self, pool: CallRunner, theta: object, step: int, samples: Sequence[Sample]

@@ -67,13 +67,14 @@ class Sft:
             loss = SftLoss(sum(len(sample.completion_ids) for sample in samples))
             found = [self._updates.gradient(pool, loss, samples, pool.put(theta), step)]
             yield -found[0].gradient
+        spent = self._updates.costs(found)
         record = figures([]) | {
             "prompts": [problem.example.id for problem, _ in demonstrations],
             "reward_mean": None,
             "learning": self._updates.figures(found) if found else {},
-            "times": {"rollouts": 0.0, "update": time.perf_counter() - started},
+            "times": {"learn": spent.worker_seconds, "rollouts": 0.0, "update": time.perf_counter() - started},
         }
-        return Report(record, self._updates.costs(found))
+        return Report(record, spent)
 
 
 def demonstrations(

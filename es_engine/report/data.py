@@ -52,6 +52,7 @@ class RunData:
     config: Mapping[str, Any]
     config_text: str
     finished: bool
+    diverged: bool
     figures: Mapping[str, Array]
     spent: Mapping[str, Array]
     evaluations: tuple[Line, ...]
@@ -124,6 +125,7 @@ class RunReader:
             config=config.model_dump(mode="json"),
             config_text=dump_config(config),
             finished=finished,
+            diverged=self.folder.diverged_file.is_file(),
             figures=_columns(self._steps),
             spent={"steps": np.arange(steps + 1, dtype=np.float64), **{each: self._spent(each) for each in MEASURES}},
             evaluations=tuple(line for step, line in sorted(self._evaluated.items()) if step <= steps),

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -211,10 +212,12 @@ def _failures(groups: Sequence[RunGroup]) -> Table:
 
 
 def _state(group: RunGroup) -> str:
-    unfinished = sum(not run.finished for run in group.runs)
-    if not unfinished:
-        return "finished"
-    return "not finished" if unfinished == len(group.runs) else f"{unfinished} not finished"
+    states = Counter(
+        "diverged" if run.diverged else "finished" if run.finished else "not finished" for run in group.runs
+    )
+    if len(states) == 1:
+        return next(iter(states))
+    return ", ".join(f"{count} {state}" for state, count in states.items() if state != "finished")
 
 
 def _before_and_after(group: RunGroup, figure: str, form: str) -> str:

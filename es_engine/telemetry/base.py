@@ -31,7 +31,7 @@ class GenerationLine(TypedDict):
     seconds: float
     seconds_rollouts: float
     seconds_update: float
-    times: Mapping[str, float]  # seconds of work by its kind, added over workers
+    times: Mapping[str, float]  # seconds of work by its kind (slots, generate, score, learn), added over workers
     sigma: float | None
     lr: float
     theta_rms: float
@@ -41,7 +41,7 @@ class GenerationLine(TypedDict):
     learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
     failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
     rescored: int  # rollouts given to a verifier again because its process died
-    worker_restarts: int  # since this process started
+    worker_restarts: int  # since this process began with the run
     eta_seconds: float | None
 
 
