@@ -7,7 +7,7 @@ chunk before generates, and `swap.py` says what that costs. All are on one threa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,24 +43,29 @@ class Case:
     members: int = 16
 
 
+PUBLIC: tuple[Kind, ...] = ("files", "merged")
+BARE = (Case("bare"), Case("bare, eager"))
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """Cases measured beside the bare model under one load."""
 
     load: Load
     cases: tuple[Case, ...]
+    bare: tuple[Case, ...] = BARE
 
 
 MODELS = (
     Model("SmolLM2-135M, bfloat16", SMOLLM2, Load(256, 24, 32), "bfloat16", 256),
     Model("tiny 1M, float32", TINY, Load(512, 24, 16), "float32", 512, kv_cache_bytes=256 << 20),
 )
-PUBLIC: tuple[Kind, ...] = ("files", "merged")
-BARE = (Case("bare"), Case("bare, eager"))
 
 
 def main() -> None:
     given = options(__doc__.splitlines()[0])
+    if given.short:
+        given = replace(given, repeats=min(3, given.repeats))
     rows = [row for model in MODELS for row in measure(model, given)]
     report("Rollouts on one thread", rows, given)
     print(LEGEND)
@@ -69,13 +74,15 @@ def main() -> None:
 
 
 def cells(model: Model, *, short: bool) -> list[Cell]:
-    """What is measured. The short form has half the sequences and a quarter of the tokens, for the ways of public code
-    as many prompts a member and fewer members, and leaves the sweeps out."""
+    """What is measured. The short form, of which most is the start of engines, has a quarter of the sequences and of
+    the tokens; it has no sweeps, and the ways of public code, with as many prompts a member and fewer members, for the
+    first model alone."""
     whole = model.load
     if short:
-        sequences, prompt, new = whole.sequences // 2, whole.prompt // 4, whole.new // 4
-        one_at_a_time = Cell(Load(sequences // 4, prompt, new), tuple(Case(kind, members=4) for kind in PUBLIC))
-        return [Cell(Load(sequences, prompt, new), (Case("ours"), Case("ours", members=32))), one_at_a_time]
+        sequences, prompt, new = whole.sequences // 4, whole.prompt // 4, whole.new // 4
+        ours = Cell(Load(sequences, prompt, new), (Case("ours"), Case("ours", members=32)), BARE[:1])
+        others = Cell(Load(sequences // 4, prompt, new), tuple(Case(kind, members=4) for kind in PUBLIC), BARE[:1])
+        return [ours, others] if model is MODELS[0] else [ours]
     members = tuple(Case("ours", 8, count) for count in (1, 2, 4, 8, 16, 32))
     ranks = tuple(Case("ours", rank, count) for rank in (1, 16) for count in (8, 16, 32))
     stock = (Case("stock", 8, 8), Case("stock", 8, 16))
@@ -106,7 +113,7 @@ def measure(model: Model, given: Options) -> list[Row]:
 def measure_cell(
     model: Model, folder: Path, cell: Cell, engines: dict[tuple[Kind, int], Engine], repeats: int
 ) -> list[Row]:
-    cases = (*BARE, *cell.cases)
+    cases = (*cell.bare, *cell.cases)
     for case in cases:
         if (case.kind, case.rank) not in engines:
             engines[case.kind, case.rank] = Engine(setup(model, folder, case))
@@ -114,7 +121,7 @@ def measure_cell(
         str(case): partial(engines[case.kind, case.rank].call, "generate", cell.load, case.members) for case in cases
     }
     timings = take_turns(work, repeats)
-    return [row(model, cell.load, case, timings[str(case)], timings[str(BARE[0])]) for case in cases]
+    return [row(model, cell.load, case, timings[str(case)], timings[str(cases[0])]) for case in cases]
 
 
 def setup(model: Model, folder: Path, case: Case) -> Setup:
