@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import Config, parse_config
-from es_engine.ledger import LedgerReader
+from es_engine.ledger import Ledger, LedgerReader, first_difference
 from es_engine.trainer import train
 
 GENERATIONS = 6
@@ -56,3 +57,13 @@ def train_and(config: Config, run: Path, event: Callable[[], None]) -> Path:
             time.sleep(0.02)
         event()
         return training.result().path
+
+
+def stall_of_unharmed(run: Path, undisturbed: Path) -> float:
+    """By how many seconds the slowest generation took longer than the median, of a run that ended as the one to which
+    nothing happened."""
+    assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
+    mine, theirs = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (run, undisturbed))
+    assert mine == theirs
+    seconds = [line["times"]["total"] for line in Ledger(run / "ledger.jsonl").generations]
+    return max(seconds) - statistics.median(seconds)

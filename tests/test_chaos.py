@@ -8,7 +8,6 @@ much the slowest generation took longer than the median.
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import faults
 import pytest
 import ray
-from chaos_runs import config_of, train_and
+from chaos_runs import config_of, stall_of_unharmed, train_and
 from chaos_table import count
 from ray.cluster_utils import Cluster
 from small_runs import small_config
@@ -93,11 +92,7 @@ def suffered(undisturbed: Path) -> Callable[..., None]:
 
     def check(fault: str, times: int, run: Path) -> None:
         assert faults.left() == []
-        assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
-        mine, theirs = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (run, undisturbed))
-        assert mine == theirs
-        seconds = [line["times"]["total"] for line in Ledger(run / "ledger.jsonl").generations]
-        count(fault, times, max(seconds) - statistics.median(seconds))
+        count(fault, times, stall_of_unharmed(run, undisturbed))
 
     return check
 

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,13 +20,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import ray
-from chaos_runs import config_of, train_and
+from chaos_runs import config_of, stall_of_unharmed, train_and
 from chaos_table import count
 from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError
 
 from es_engine.config import Config
-from es_engine.ledger import Ledger, first_difference
+from es_engine.ledger import Ledger
 from es_engine.trainer import train
 from workers.cluster import living_nodes
 
@@ -70,11 +69,7 @@ def suffered(undisturbed: Path) -> Callable[..., None]:
     """Checks a run that something befell, and counts it."""
 
     def check(fault: str, times: int, run: Path) -> None:
-        assert first_difference(run / "ledger.jsonl", undisturbed / "ledger.jsonl") is None
-        mine, theirs = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (run, undisturbed))
-        assert mine == theirs
-        seconds = [line["times"]["total"] for line in Ledger(run / "ledger.jsonl").generations]
-        count(fault, times, max(seconds) - statistics.median(seconds))
+        count(fault, times, stall_of_unharmed(run, undisturbed))
 
     return check
 
