@@ -37,7 +37,7 @@ from es_engine.config.reflection import models_of
 from rewards.countdown import WEIGHTS, Countdown
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("countdown_smollm2", "countdown_tiny", "countdown_qwen2.5-3b", "sudoku_tiny")
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "name": "small",
     "model": {"source": "org/model"},
@@ -79,10 +79,6 @@ def test_shipped_configs_load_and_build_their_task(name: str) -> None:
     assert config.name == name
     example = config.task.build().example("heldout", 0)
     assert example.prompt
-
-
-def test_shipped_configs_are_all_tested() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(SHIPPED)
 
 
 def test_import_is_light() -> None:
