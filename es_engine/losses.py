@@ -243,7 +243,7 @@ def dpo_loss(
     """Direct preference optimisation, arXiv 2305.18290, equation 7, from `sequence_logprobs` of the pairs; all (S,).
 
     Metrics, sums over `pairs`: `chosen_reward` and `rejected_reward`, which are beta times the log-ratio to the
-    reference; `margin`, the first less the second; `accuracy`, whether that is positive.
+    reference; `margin`, the first less the second; `ordered`, whether that is positive.
     """
     chosen_reward, rejected_reward = beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
     margin = chosen_reward - rejected_reward
@@ -251,7 +251,7 @@ def dpo_loss(
         "chosen_reward": chosen_reward,
         "rejected_reward": rejected_reward,
         "margin": margin,
-        "accuracy": margin > 0,
+        "ordered": margin > 0,
     }
     sums = {name: metric.detach().sum() for name, metric in metrics.items()}
     return Loss(

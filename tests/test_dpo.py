@@ -51,7 +51,7 @@ def test_given_pairs_widen_the_margin(random_llama: Path, tmp_path: Path) -> Non
     assert first["margin"] == pytest.approx(0, abs=1e-5), "at the start, policy and reference are the same"
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert last["margin"] > 0.3
-    assert last["accuracy"] == 1
+    assert last["ordered"] == 1
     assert last["loss"] < first["loss"]
     assert {report.record["pairs"] for report in reports} == {6}
     assert reports[0].costs.generated == reports[0].record["rollouts"] == 0
@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_the_log_probabilities_of_adapter_and_base_model(
     expected = dpo_loss(own[::2], own[1::2], base[::2], base[1::2], beta=0.3, normaliser=6)
     assert abs(expected.sums["margin"]) > 0.05
     assert learning["loss"] == pytest.approx(float(expected.value), rel=1e-5)
-    for name in ("margin", "accuracy", "chosen_reward", "rejected_reward"):
+    for name in ("margin", "ordered", "chosen_reward", "rejected_reward"):
         assert learning[name] == pytest.approx(float(expected.sums[name]) / 6, rel=1e-4)
 
 

@@ -337,8 +337,8 @@ def test_dpo_is_trls(seed: int) -> None:
     found.value.backward()
     assert_close(found.value, expected, FLOAT32)
     assert_close(ours.grad, trainer.model.logits.grad, FLOAT32)
-    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
-        their_name = {"accuracy": "accuracies", "margin": "margins"}.get(name, name.removesuffix("_reward"))
+    for name in ("ordered", "margin", "chosen_reward", "rejected_reward"):
+        their_name = {"ordered": "accuracies", "margin": "margins"}.get(name, name.removesuffix("_reward"))
         theirs = trainer._metrics["train"][f"rewards/{their_name}"][0]
         assert (found.sums[name] / found.sums["pairs"]).item() == pytest.approx(theirs, abs=FLOAT32)
 
