@@ -44,6 +44,7 @@ class Process:
 
 
 def name(node: int) -> str:
+    """The id of a node, as long as Ray's own."""
     return f"{node:056x}"
 
 
