@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from es_engine.config import Config
-from es_engine.config.base import flat
 from es_engine.costs import Costs
 from es_engine.ledger import Ledger, Line, fingerprint, innermost_difference, running_costs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
 from es_engine.run_folder import RunFolder, write_folder
 from es_engine.session import Materials, gather
+from rewards.trees import flat
 from workers.engine import Vector
 from workers.perturbation import Perturber
 

@@ -21,7 +21,7 @@ from es_engine.config import (
     teacher_of,
     uses_torch,
 )
-from es_engine.config.base import flat, in_yaml, problem
+from es_engine.config.base import in_yaml, problem
 from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
@@ -34,6 +34,7 @@ from es_engine.methods.updates import Updates
 from es_engine.spaces.base import Matrix
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import SingleTurnTask, Split, Task
+from rewards.trees import flat
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
 from workers.completions import Completions, load_completions

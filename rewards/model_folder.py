@@ -6,9 +6,11 @@ Libraries find more in a folder than its weights: pickles, an adapter, code on a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rewards.trees import flat
 
 INDEX = "model.safetensors.index.json"
 NOT_BESIDE = "no file of safetensors beside it"
@@ -34,7 +36,7 @@ def check_folder(folder: Path, field: str) -> None:
 def _refuse(path: Path, field: str, wrong: Callable[[str, Any], str | None]) -> None:
     """Raises ValueError where something is wrong with a value in a file of JSON, or with the file."""
     try:
-        values = list(_values(json.loads(path.read_text(encoding="utf-8"))))
+        values = list(flat(json.loads(path.read_text(encoding="utf-8"))))
     except (AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{field}: {path} is no JSON object ({error})") from None
     for name, value in values:
@@ -61,15 +63,6 @@ def _wrong_in_config(name: str, value: Any, tensors: int) -> str | None:
 
 def _is_beside(name: Any) -> bool:
     return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-
-
-def _values(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested objects by their dotted names."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _tensors(file: Path, field: str) -> int:

@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, written without a model: for tests of what reads them."""
+"""Run folders with results and completions that are drawn, as of a method that learns; `run_folders` has given ones."""
 
 from __future__ import annotations
 

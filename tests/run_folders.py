@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them, made up: ledger, evaluations, samples, adapter and, of a comparison, measures."""
+"""Run folders with results that a test gives, alone or as the trials of a comparison, which have measures too."""
 
 from __future__ import annotations
 

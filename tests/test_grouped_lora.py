@@ -1,4 +1,4 @@
-"""The grouped wrapper against a loop over tokens; what the engine makes of it is in test_vllm_engine.py."""
+"""The grouped wrapper against a loop over tokens; what the engine makes of it is in test_vllm_slots.py."""
 
 from __future__ import annotations
 

@@ -22,99 +22,13 @@ from workers.scoring_process import MAX_REPLY, WINDOW
 
 DEADLINE = 0.5  # seconds: enough for an innocent verifier on a busy machine
 
-VERIFIER = '''
-import asyncio, ctypes, json, math, os, re, signal, socket, subprocess, sys, time
-from rewards.base import Score, verifier
-
-hoard = []
-
-def ignore_signals():
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
-    while True:
-        pass
-
-def eat_memory():
-    while True:
-        hoard.append(bytearray(1 << 24))
-
-def with_grandchild():
-    sleeper = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with open(os.environ["GRANDCHILD"], "w") as file:
-        file.write(str(sleeper.pid))
-    time.sleep(1000)
-
-def forge():
-    """What text that has taken the process over could write on its socket."""
-    for descriptor in range(3, 1000):
-        try:
-            os.write(descriptor, os.environ["FORGERY"].encode())
-        except OSError:
-            pass
-    time.sleep(1000)
-
-def fork_and_return():
-    return 0.25 if os.fork() else 0.75
-
-def noisy():
-    print("to stdout")
-    os.write(1, b"x" * 100_000)
-    return 1
-
-async def later():
-    await asyncio.sleep(0.01)
-    return Score(0.5, {"format": 0.25}, accuracy=1.0)
-
-async def fail_later():
-    await asyncio.sleep(0.01)
-    raise KeyError("async")
-
-@verifier(takes="batch")
-async def longest_first(rollouts):
-    await asyncio.sleep(0)
-    return [len(rollouts)] * len(rollouts)
-
-@verifier(takes="batch")
-def dies_once(rollouts):
-    if any(rollout.completion == "die" for rollout in rollouts) and os.path.exists(os.environ["ALIVE"]):
-        time.sleep(0.3)
-        os.unlink(os.environ["ALIVE"])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [len(rollouts)] * len(rollouts)
-
-@verifier(takes="group")
-def ranks(rollouts):
-    if any(rollout.completion == "hang" for rollout in rollouts):
-        time.sleep(1000)
-    if any(rollout.completion == "short" for rollout in rollouts):
-        return [0.0]
-    lengths = sorted(len(rollout.completion) for rollout in rollouts)
-    return [None if rollout.completion == "" else lengths.index(len(rollout.completion)) for rollout in rollouts]
-
-def score(rollout):
-    return eval(rollout.completion)  # the tests' own text
-
-def text_length(rollout):
-    return len(rollout.prompt)
-
-def same(rollout):
-    return float(rollout.messages == ({"role": "user", "content": "\\ud800 é\\n"},) and rollout.token_ids == (1, 2)
-                 and rollout.info == {"numbers": [1, 2], "deep": {"x": None}} and rollout.finish_reason == "length")
-'''
-
+VERIFIERS = Path(__file__).with_name("bad_verifiers.py")
 GOOD = "float(len(rollout.answer))"
 
 
 @pytest.fixture(scope="module")
-def verifier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("verifiers") / "mine.py"
-    path.write_text(VERIFIER)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared_scorer(verifier_file: Path) -> Iterator[Scorer]:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=DEADLINE) as scorer:
+def shared_scorer() -> Iterator[Scorer]:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=DEADLINE) as scorer:
         yield scorer
 
 
@@ -237,8 +151,8 @@ def test_scores_of_sound_verdicts(scorer: Scorer, completion: str, expected: Sco
     assert kinds(scorer) == ({"no score": 1} if expected.value is None else {})
 
 
-def test_what_a_verifier_prints_goes_to_stderr(verifier_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score")) as scorer:
+def test_what_a_verifier_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score")) as scorer:
         scorer.submit("key", rollout("os.write(1, b'printed')"))
         assert scorer.drain() == {"key": Score(7.0)}
     assert capfd.readouterr() == ("", "printed")
@@ -254,8 +168,8 @@ def test_a_deadline_counts_from_the_start_of_its_rollout(scorer: Scorer) -> None
     assert time.monotonic() - started > 1.5 * DEADLINE
 
 
-def test_a_reply_that_waits_for_the_supervisor_is_not_late(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), processes=2, deadline=DEADLINE) as scorer:
+def test_a_reply_that_waits_for_the_supervisor_is_not_late() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), processes=2, deadline=DEADLINE) as scorer:
         scorer.submit("wakes it", rollout(f"time.sleep({0.2 * DEADLINE})"))
         scorer.submit("waits", rollout(f"time.sleep({0.4 * DEADLINE})"))
         time.sleep(0.1 * DEADLINE)
@@ -272,8 +186,8 @@ def test_every_rollout_may_fail(scorer: Scorer) -> None:
     assert scorer.rescored == 8
 
 
-def test_memory_is_limited_and_given_back(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), memory_bytes=1 << 28) as scorer:
+def test_memory_is_limited_and_given_back() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), memory_bytes=1 << 28) as scorer:
         score = score_among_neighbours(scorer, "eat_memory()")
         assert kinds(scorer) == {"out of memory": 1}
         assert score.error == "the verifier ran out of memory"
@@ -281,19 +195,19 @@ def test_memory_is_limited_and_given_back(verifier_file: Path) -> None:
         assert scorer.drain() == {"after": Score(1.0)}
 
 
-def test_large_messages_both_ways(verifier_file: Path) -> None:
+def test_large_messages_both_ways() -> None:
     large = Rollout("é\n" * 50_000, "Score(1.0, {str(i): 0.5 for i in range(8_000)})", "", {})
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=60.0) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=60.0) as scorer:
         for key in range(32):
             scorer.submit(key, large)
         scores = scorer.drain()
     assert [len(score.components) for score in scores.values()] == [8_000] * 32
 
 
-def test_a_rollout_arrives_as_it_was(verifier_file: Path) -> None:
+def test_a_rollout_arrives_as_it_was() -> None:
     message = {"role": "user", "content": "\ud800 é\n"}
     info = {"numbers": [1, 2], "deep": {"x": None}}
-    with Scorer(VerifierSpec(f"{verifier_file}:same")) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:same")) as scorer:
         scorer.submit("key", Rollout("", "", "", info, messages=(message,), token_ids=(1, 2), finish_reason="length"))
         assert scorer.drain() == {"key": Score(1.0)}
 
@@ -315,9 +229,9 @@ def test_a_rollout_arrives_as_it_was(verifier_file: Path) -> None:
         "\xff\n",
     ],
 )
-def test_a_forged_reply_costs_one_rollout(verifier_file: Path, monkeypatch: pytest.MonkeyPatch, forgery: str) -> None:
+def test_a_forged_reply_costs_one_rollout(monkeypatch: pytest.MonkeyPatch, forgery: str) -> None:
     monkeypatch.setenv("FORGERY", forgery)
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=DEADLINE) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=DEADLINE) as scorer:
         scorer.submit("forged", rollout("forge()"))
         scorer.submit("after", rollout(GOOD))
         scores = scorer.drain()
@@ -352,12 +266,12 @@ def test_a_child_killed_from_outside(scorer: Scorer) -> None:
 
 
 def test_a_batch_at_which_a_process_died_is_tried_again_as_it_was(
-    verifier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were it made larger, more than what was in it could die with it."""
     monkeypatch.setenv("ALIVE", str(tmp_path / "alive"))
     (tmp_path / "alive").touch()
-    with Scorer(VerifierSpec(f"{verifier_file}:dies_once")) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:dies_once")) as scorer:
         scorer.submit_group(range(10), [rollout("die")] * 10)
         time.sleep(0.1)
         scorer.submit_group(range(10, 40), [rollout("")] * 30)
@@ -367,19 +281,17 @@ def test_a_batch_at_which_a_process_died_is_tried_again_as_it_was(
         assert scorer.rescored == 10
 
 
-def test_a_verifier_s_own_processes_die_with_it(
-    verifier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_verifier_s_own_processes_die_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRANDCHILD", str(tmp_path / "pid"))
     # Long enough for a busy machine to start the process before the deadline ends its parent.
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=5 * DEADLINE) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=5 * DEADLINE) as scorer:
         scorer.submit("key", rollout("with_grandchild()"))
         assert scorer.drain()["key"].error
         wait_until_gone(int((tmp_path / "pid").read_text()))
 
 
-def test_two_processes_survive_the_death_of_one(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), processes=2, deadline=DEADLINE) as scorer:
+def test_two_processes_survive_the_death_of_one() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), processes=2, deadline=DEADLINE) as scorer:
         score_among_neighbours(scorer, "os._exit(0)")
         for key in range(4):
             scorer.submit(key, rollout("time.sleep(0.1) or os.getpid()"))
@@ -387,8 +299,8 @@ def test_two_processes_survive_the_death_of_one(verifier_file: Path) -> None:
         score_among_neighbours(scorer, "time.sleep(1000)")
 
 
-def test_processes_share_slow_rollouts(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), processes=2) as scorer:
+def test_processes_share_slow_rollouts() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), processes=2) as scorer:
         for key in range(4):
             scorer.submit(key, rollout("time.sleep(0.05)"))
         scorer.drain()
@@ -401,15 +313,15 @@ def test_processes_share_slow_rollouts(verifier_file: Path) -> None:
         assert sum(score == scores["slow"] for score in scores.values()) <= 2
 
 
-def test_a_batch_verifier_sees_many_rollouts_at_once(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:longest_first")) as scorer:
+def test_a_batch_verifier_sees_many_rollouts_at_once() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:longest_first")) as scorer:
         scorer.submit_group(range(100), [rollout(str(key)) for key in range(100)])
         sizes = [score.value for score in scorer.drain().values()]
     assert max(size for size in sizes if size is not None) == BATCH
 
 
-def test_a_group_verifier_sees_a_group(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:ranks"), deadline=DEADLINE) as scorer:
+def test_a_group_verifier_sees_a_group() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:ranks"), deadline=DEADLINE) as scorer:
         scorer.submit_group("abc", [rollout("long"), rollout(""), rollout("longer")])
         scorer.submit_group("de", [rollout("hang"), rollout("with it")])
         scorer.submit_group("fg", [rollout("short"), rollout("with it")])
@@ -421,17 +333,17 @@ def test_a_group_verifier_sees_a_group(verifier_file: Path) -> None:
     assert kinds(scorer) == {"no score": 1, "timeout": 2, "exception": 2}
 
 
-def test_children_are_replaced_after_a_while(verifier_file: Path) -> None:
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), recycle=5) as scorer:
+def test_children_are_replaced_after_a_while() -> None:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), recycle=5) as scorer:
         for key in range(12):
             scorer.submit(key, rollout("os.getpid()"))
         pids = [score.value for score in scorer.drain().values()]
     assert sorted(Counter(pids).values()) == [2, 5, 5]
 
 
-def test_the_successor_of_a_child_that_hangs_is_there_before_it_is_killed(verifier_file: Path) -> None:
+def test_the_successor_of_a_child_that_hangs_is_there_before_it_is_killed() -> None:
     before = children()
-    with Scorer(VerifierSpec(f"{verifier_file}:score"), deadline=2.0) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=2.0) as scorer:
         (first,) = children() - before
         scorer.submit("hang", rollout("time.sleep(1000)"))
         wait_until(lambda: len(children() - before) == 2)
@@ -452,9 +364,9 @@ def test_submit_does_not_wait(scorer: Scorer) -> None:
     assert scorer.drain() == {}
 
 
-def test_throughput(verifier_file: Path) -> None:
+def test_throughput() -> None:
     """A floor far below what one process does (about 20,000 a second), for busy machines."""
-    with Scorer(VerifierSpec(f"{verifier_file}:text_length")) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:text_length")) as scorer:
         started = time.monotonic()
         for key in range(5000):
             scorer.submit(key, rollout(""))
@@ -462,12 +374,12 @@ def test_throughput(verifier_file: Path) -> None:
         assert time.monotonic() - started < 2.5
 
 
-def test_nothing_is_left_after_close(verifier_file: Path) -> None:
+def test_nothing_is_left_after_close() -> None:
     def belongings() -> tuple[int, int, set[int]]:
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), children()
 
     before = belongings()
-    scorer = Scorer(VerifierSpec(f"{verifier_file}:score"), processes=2, deadline=DEADLINE)
+    scorer = Scorer(VerifierSpec(f"{VERIFIERS}:score"), processes=2, deadline=DEADLINE)
     assert len(children()) == len(before[2]) + 2
     for key, completion in enumerate(["os._exit(0)", "1 / 0", "time.sleep(1000)", GOOD]):
         scorer.submit(key, rollout(completion))
@@ -482,11 +394,11 @@ def test_nothing_is_left_after_close(verifier_file: Path) -> None:
         scorer.drain()
 
 
-def test_children_die_with_their_parent(verifier_file: Path, tmp_path: Path) -> None:
+def test_children_die_with_their_parent() -> None:
     script = f"""
 from rewards.base import Rollout, VerifierSpec
 from workers.scoring import Scorer
-scorer = Scorer(VerifierSpec("{verifier_file}:score"), deadline=1000.0)
+scorer = Scorer(VerifierSpec("{VERIFIERS}:score"), deadline=1000.0)
 scorer.submit("pid", Rollout("", "os.getpid()", "", {{}}))
 print(int(scorer.drain()["pid"].value), flush=True)
 scorer.submit("hang", Rollout("", "ctypes.PyDLL(None).sleep(1000)", "", {{}}))
@@ -544,11 +456,11 @@ def test_a_key_is_used_once(scorer: Scorer) -> None:
     assert scorer.drain() == {"key": Score(3.0)}
 
 
-def test_a_broken_supervisor_is_heard(verifier_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_supervisor_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_process() -> None:
         raise OSError("no more processes")
 
-    with Scorer(VerifierSpec(f"{verifier_file}:score")) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score")) as scorer:
         monkeypatch.setattr(scorer, "_start_child", no_process)
         for key in range(2):
             scorer.submit(key, rollout("os._exit(0)"))

@@ -1,4 +1,4 @@
-"""What the console, the log, TensorBoard, Prometheus, W&B and MLflow are told of a run."""
+"""What the console, the log, TensorBoard and Prometheus are told of a run."""
 
 from __future__ import annotations
 
@@ -6,92 +6,30 @@ import io
 import json
 import math
 import socket
-import struct
-import sys
-import time
 import urllib.request
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from figures import ALONE, EVALUATION, MadeUpWorkers, generation, opened
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from es_engine.config import Config, parse_config
 from es_engine.run_folder import RunFolder
-from es_engine.telemetry import open_telemetry
-from es_engine.telemetry.base import Broadcast, EvaluationLine, GenerationLine, numbers
+from es_engine.telemetry.base import Broadcast, numbers
 from es_engine.telemetry.console import LineTelemetry, LiveTelemetry, console_telemetry, sparkline
 from es_engine.telemetry.log import last_error
 from es_engine.telemetry.metrics import METRICS
-from es_engine.telemetry.mlflow import metric_name
 from es_engine.telemetry.prometheus import PrometheusTelemetry
 from es_engine.telemetry.tensorboard import TensorBoardTelemetry
 from workers.calls import Call, Notice
-from workers.canary import CanaryReport
 
-EVALUATION: dict[str, Any] = {
-    **EvaluationLine(
-        step=10,
-        reward=0.39,
-        reward_ci95=[0.35, 0.43],
-        accuracy=0.21875,
-        accuracy_ci95=None,
-        pass_at_k={"1": 0.21875, "4": 0.5},
-        components={"format": 1.0},
-        problems=16,
-        samples=4,
-        tokens=900,
-        prompt_tokens=160,
-        seconds=2.5,
-        times={"generate": 2.0, "score": 0.25},
-        failures={"mine": {"timeout": 0, "exception": 2}},
-        rescored=0,
-    ),
-    "theta": "a fingerprint",
-}
 NOTHING_SCORED = {
     **dict.fromkeys(("reward_mean", "reward_best", "fitness_spread", "accuracy")),
     "components": {"exact": None},
 }
-
-
-def generation(step: int = 2, **changes: Any) -> dict[str, Any]:
-    line = GenerationLine(
-        step=step,
-        stage=1,
-        generations=100,
-        reward_mean=0.3125,
-        reward_best=0.5,
-        fitness_spread=0.0412,
-        accuracy=0.185,
-        components={"exact": 0.2, "format": 0.1125},
-        rollouts=256,
-        tokens=12000,
-        prompt_tokens=5120,
-        spent={"generated": 36_000, "processed": 140_000, "flops": 2.5e12, "worker_seconds": 57.0},
-        seconds=10.0,
-        seconds_rollouts=9.3,
-        seconds_update=0.2,
-        times={"generate": 17.5, "score": 0.75},
-        sigma=0.03,
-        lr=0.5,
-        learning={},
-        theta_rms=0.011,
-        delta_norm=1.5,
-        delta_norm_ratio=0.015,
-        constant_members=1,
-        failures={"mine.py:right": {"timeout": 3, "exception": 0}, "length": {"no score": 1}},
-        rescored=1,
-        worker_restarts=0,
-        eta_seconds=970.2,
-    )
-    return {**line, **changes}
 
 
 def test_plain_console_is_one_line_each() -> None:
@@ -208,19 +146,6 @@ def test_tensorboard_resume_hides_what_is_done_again(tmp_path: Path) -> None:
     assert found["evaluation/reward"] == [(2, 0.25)]
 
 
-class MadeUpWorkers:
-    """As much of a pool as is told of."""
-
-    restarts = 2
-    retries = 3
-
-    def __init__(self) -> None:
-        self.canaries = {0: CanaryReport(effect=0.5, zero=0.0, reference=0.01), 1: CanaryReport(0.25, 0.001, None)}
-
-    def states(self) -> dict[str, int]:
-        return {"busy": 1, "idle": 2, "starting": 0}
-
-
 def open_prometheus(folder: Path, port: int = 0, host: str = "127.0.0.1") -> PrometheusTelemetry:
     return PrometheusTelemetry(host, port, RunFolder(folder), MadeUpWorkers())
 
@@ -303,26 +228,6 @@ def test_prometheus_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         open_prometheus(tmp_path, host="203.0.113.9")
 
 
-def config_with(**telemetry: Any) -> Config:
-    return parse_config(
-        {
-            "name": "told",
-            "model": {"source": "none"},
-            "optimizer": {"lr": 1.0},
-            "task": {},
-            "budget": {"generations": 1},
-            "telemetry": telemetry,
-        }
-    )
-
-
-def opened(folder: Path, first_step: int = 0, **telemetry: Any) -> Broadcast:
-    return open_telemetry(config_with(**telemetry), RunFolder(folder), first_step, MadeUpWorkers())
-
-
-ALONE = {"console": False, "tensorboard": False, "log": False}
-
-
 def test_open_telemetry_opens_what_the_config_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -399,129 +304,3 @@ def test_the_log_ends_with_what_ended_the_run_and_outlives_a_kill(tmp_path: Path
     told = [json.loads(line)["message"] for line in (begun, interrupted)]
     assert told == ["begun after 7 generations", "interrupted"]
     assert last_error(tmp_path) is None, "an interrupt is none, and what was before is past"
-
-
-# --- trackers
-
-
-def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
-    for first_step in (0, 1):
-        with opened(tmp_path, **ALONE | {"wandb": {"project": "trials"}}) as telemetry:
-            telemetry.generation(generation(first_step, reward_mean=0.25 + first_step))
-            telemetry.evaluation(EVALUATION | {"step": first_step + 1})
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2
-    records = [record for file in files for record in wandb_records(file)]
-    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert {(run.project, run.display_name) for run in runs} == {("trials", tmp_path.name)}
-    assert {run.run_id for run in runs} == {json.loads((tmp_path / "trackers.json").read_text())["wandb"]}
-    deadline = time.monotonic() + 20  # W&B's own process may still be writing
-    while len(history := wandb_history(files)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert [(line["_step"], line["reward/mean"], line["evaluation/accuracy"]) for line in history] == [
-        (1, 0.25, 0.21875),
-        (2, 1.25, 0.21875),
-    ]
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"0123456789" * 4 not in written
-    assert b"hf_secret_token" not in written
-
-
-def wandb_history(files: Sequence[Path]) -> list[dict[str, float]]:
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for file in files
-        for record in wandb_records(file)
-        if record.WhichOneof("record_type") == "history"
-    ]
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    """The records of W&B's file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB; each fragment has a
-    checksum of 4 bytes, its length, and whether it is whole, first, middle or last of a record)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, whole = file.read_bytes(), 7, b""
-    while place + 7 < len(data):
-        if (left := -place % 32768) and left < 7:
-            place += left
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        if place + 7 + length > len(data):
-            return  # still being written
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-@pytest.fixture
-def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a store in files, which is all that mlflow-skinny has beside servers."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    return f"file://{tmp_path}/store"
-
-
-def test_mlflow_reads_back_and_goes_on_with_a_resumed_run(tmp_path: Path, mlflow_store: str) -> None:
-    from mlflow.tracking import MlflowClient
-
-    wanted = ALONE | {"mlflow": {"tracking_uri": mlflow_store, "experiment": "trials"}}
-    with opened(tmp_path, **wanted) as telemetry:
-        telemetry.evaluation(EVALUATION | {"step": 0})
-        telemetry.generation(generation(0))
-    resumed = opened(tmp_path, 1, **wanted)
-    resumed.generation(generation(1, reward_mean=0.75))
-    resumed.close(OSError("full"))
-    client = MlflowClient(tracking_uri=mlflow_store)
-    experiment = client.get_experiment_by_name("trials")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == (tmp_path.name, "FAILED")
-    assert run.data.params["optimizer.lr"] == "1.0"
-    course = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "reward/mean")]
-    assert sorted(course) == [(1, 0.3125), (2, 0.75)]
-    assert run.data.metrics["failures/mine.py_right/timeout"] == 3
-    assert run.data.metrics["evaluation/pass_at_k/4"] == 0.5
-
-
-@given(tag=st.text())
-def test_every_tag_becomes_a_name_that_mlflow_accepts(tag: str) -> None:
-    from mlflow.utils.validation import _validate_metric_name
-
-    _validate_metric_name(metric_name(f"failures/{tag}"))
-
-
-def test_an_mlflow_that_is_down_costs_no_figure(
-    tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    with opened(tmp_path, **ALONE | {"console": True, "mlflow": {"tracking_uri": mlflow_store}}) as telemetry:
-        with monkeypatch.context() as patch:
-
-            def refuse(*_: object, **__: object) -> None:
-                raise MlflowException("no route")
-
-            patch.setattr(MlflowClient, "log_batch", refuse)
-            telemetry.generation(generation(0))
-        telemetry.generation(generation(1))
-    assert "figures wait for MLflow (no route)" in capsys.readouterr().out
-    client = MlflowClient(tracking_uri=mlflow_store)
-    (run,) = client.search_runs([client.get_experiment_by_name("es-engine").experiment_id])
-    assert len(client.get_metric_history(run.info.run_id, "reward/mean")) == 2
-
-
-def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"^telemetry.wandb: wandb is not installed; use null, or install it with "):
-        opened(tmp_path, **ALONE | {"wandb": {}})
-
-
-def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ValueError, match=r"^telemetry.mlflow.tracking_uri: it holds a name or a password") as refused:
-        config_with(mlflow={"tracking_uri": "https://me:hush@example.org"})
-    assert "hush" not in str(refused.value)

@@ -1,118 +1,54 @@
-"""The vLLM engine against PEFT: what its slots hold, and what it generates from them.
+"""One vLLM engine against PEFT and `HfEngine`: what it reads from its slots as they are written and written again, what
+it generates from them, and the noise that it draws. Its start is the costly part, so that all tests share it.
 
-Log-probabilities are checked against transformers + PEFT, loaded from the adapter folder the space itself writes: a
-path that shares no code with the slots. Greedy tokens are checked against `HfEngine`.
+Log-probabilities are checked against transformers + PEFT, greedy tokens against `HfEngine`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
-import peft
 import pytest
-import torch
 from inputs import random_center, random_prompts
-from transformers import AutoModelForCausalLM
+from vllm_engines import (
+    FLOAT32_TOLERANCE,
+    GREEDY,
+    LARGE_CACHE,
+    MEMBERS,
+    NO_CACHE,
+    RUN_SEED,
+    SIGMA,
+    SLOTS,
+    Reference,
+    as_rows,
+    build_engine,
+    differences,
+    member_theta,
+    texts,
+    uneven,
+)
 
 from es_engine import noise
-from es_engine.spaces.base import Matrix
 from es_engine.spaces.lora import LoraSpace, Train
 from workers import vllm_engine
-from workers.engine import CENTER, Completion, Member, Request, Sampling, Vector
+from workers.engine import CENTER, Completion, Member, Request, Sampling
 from workers.hf_engine import HfEngine
 from workers.models import linear_matrices
-from workers.vllm_engine import SLOT_RANKS, VllmEngine, VllmOptions, slot_rank
+from workers.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.vllm
 
-RUN_SEED = 7
-SIGMA = 0.4
-SLOTS = 4
-MEMBERS = (Member(0, 1), Member(0, -1), CENTER, Member(3, 1))
-FLOAT32_TOLERANCE = 1e-4
 END = 2
-NO_CACHE, LARGE_CACHE = 0, 1 << 28
-GREEDY = Sampling(max_tokens=24, stop=("\n",))
-
-STARTED: list[VllmEngine] = []
-"""Engines kept to the end: the first that goes takes vLLM's process groups, and all engines of this process, down."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, a space and a type; the ranks that vLLM has no slots for are padded to the next it has."""
-
-    model: str
-    rank: int
-    alpha: float
-    train: Train
-    targets: Any = "all-linear"
-    dtype: str = "float32"
-
-
-CASES = {
-    "rank 1 in 1, A": Case("random_llama", 1, 3.0, "A"),
-    "rank 5 in 8, B": Case("random_llama", 5, 16.0, "B"),
-    "rank 8 in 8, AB, q and v only": Case("random_llama", 8, 4.0, "AB", ("q_proj", "v_proj")),
-    "rank 16 in 16, B, biases": Case("random_qwen", 16, 40.0, "B"),
-    "rank 40 in 64, AB, biases": Case("random_qwen", 40, 16.0, "AB"),
-    "rank 5 in 8, B, bfloat16": Case("random_llama", 5, 16.0, "B", dtype="bfloat16"),
-}
-
-
-def build_space(model: Path, case: Case) -> LoraSpace:
-    return LoraSpace(linear_matrices(model, case.targets), rank=case.rank, alpha=case.alpha, train=case.train)
-
-
-def build_engine(model: Path, space: LoraSpace, cache_bytes: int = LARGE_CACHE, **options: Any) -> VllmEngine:
-    small: dict[str, Any] = {
-        "dtype": "float32",
-        "kv_cache_bytes": 32 << 20,
-        "block_size": 32,
-        "max_model_len": 256,
-        "max_num_seqs": 8,
-    }
-    STARTED.append(VllmEngine(model, space, RUN_SEED, SLOTS, cache_bytes, VllmOptions(**(small | options))))
-    return STARTED[-1]
-
-
-def member_theta(center: Vector, generation: int, member: Member) -> Vector:
-    eps = noise.draw(RUN_SEED, generation, member.pair, len(center))
-    return center + np.float32(member.sign * SIGMA) * eps
-
-
-class Reference:
-    """transformers + PEFT, from the files that `LoraSpace.save` writes, in float32."""
-
-    def __init__(self, model: Path, space: LoraSpace, folder: Path) -> None:
-        self._model, self._space, self._folder = model, space, folder
-
-    def logprobs(self, theta: Vector | None, prompts: Sequence[tuple[int, ...]]) -> list[Vector]:
-        model: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
-        if theta is not None:
-            self._space.save(theta, self._folder, str(self._model))
-            model = peft.PeftModel.from_pretrained(model, self._folder)
-        return [self._prompt_logprobs(model, prompt) for prompt in prompts]
-
-    @torch.inference_mode()
-    def _prompt_logprobs(self, model: Any, prompt: tuple[int, ...]) -> Vector:
-        scores = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        return scores[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])].numpy()
-
-
-def differences(ones: Sequence[Vector], others: Sequence[Vector]) -> Vector:
-    return np.abs(np.concatenate(ones) - np.concatenate(others))
 
 
 @pytest.fixture(scope="module")
 def space(random_llama: Path) -> LoraSpace:
-    return build_space(random_llama, CASES["rank 5 in 8, B"])
+    return LoraSpace(linear_matrices(random_llama, "all-linear"), rank=5, alpha=16.0, train="B")
 
 
 @pytest.fixture(scope="module")
@@ -135,35 +71,6 @@ def engine(started: VllmEngine, hf: HfEngine, space: LoraSpace) -> VllmEngine:
 
 
 # What slots hold
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_slot_of_a_batch_gives_its_own_members_logprobs(
-    case: Case, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    model: Path = request.getfixturevalue(case.model)
-    space = build_space(model, case)
-    engine = build_engine(model, space, dtype=case.dtype)
-    center = random_center(space)
-    engine.set_center(center)
-    engine.write_slots(5, SIGMA, MEMBERS)
-    prompts = random_prompts(2, 17, 40, 150)
-    slots: list[int | None] = [*range(len(MEMBERS)), None]
-    # Prompt by prompt, so that neighbours in the batch have different adapters, and one of them none.
-    found = engine.logprobs([Request(slot, prompt) for prompt in prompts for slot in slots])
-
-    reference = Reference(model, space, tmp_path)
-    base = reference.logprobs(None, prompts)
-    for place, slot in enumerate(slots):
-        theta = None if slot is None else member_theta(center, 5, MEMBERS[slot])
-        expected = reference.logprobs(theta, prompts)
-        error = differences(found[place :: len(slots)], expected)
-        effect = differences(expected, base)
-        assert slot is None or effect.mean() > 0.5, "an adapter too weak to be told from another"
-        if case.dtype == "float32":
-            assert error.max() < FLOAT32_TOLERANCE, f"slot {slot}"
-        else:  # 8 bits of mantissa through two layers: a twentieth of what an adapter changes
-            assert error.mean() < 0.05, f"slot {slot}"
 
 
 def test_without_an_adapter_the_engine_is_the_base_model(
@@ -303,25 +210,6 @@ def test_what_prompts_of_a_slot_have_in_common_is_read_once(
     monkeypatch.setattr(engine, "_completions", counted)
     assert len(list(engine.generate(requests, GREEDY))) == len(requests)
     assert sorted(spared) == [0] * SLOTS + [64] * 7 * SLOTS
-
-
-def shuffled(requests: list[Request]) -> list[Request]:
-    return [requests[place] for place in np.random.default_rng(3).permutation(len(requests))]
-
-
-def uneven(slots: Sequence[int | None]) -> list[Request]:
-    """Prompts of many lengths, each slot another number of them, in no order; more than run at a time."""
-    prompts = random_prompts(1, 3, 8, 13, 21, 34, 55, 90, 130, 200)
-    return shuffled([Request(slot, prompt) for place, slot in enumerate(slots) for prompt in prompts[3 * place :]])
-
-
-def texts(engine: VllmEngine | HfEngine, requests: Sequence[Request], sampling: Sampling = GREEDY) -> list[Any]:
-    return as_rows(list(engine.generate(requests, sampling)))
-
-
-def as_rows(found: Sequence[Completion]) -> list[Any]:
-    found = sorted(found, key=lambda each: (each.request, each.sample))
-    return [(each.request, each.sample, each.token_ids, each.text, each.finish_reason) for each in found]
 
 
 @pytest.mark.parametrize(
@@ -661,40 +549,3 @@ def test_tensor_parallel_slots_hold_each_ranks_share(
         assert differences(found, engine.logprobs(requests)).max() < FLOAT32_TOLERANCE
         np.testing.assert_array_equal(parallel.noise_sum(0, [3], [1.0]), engine.noise_sum(0, [3], [1.0]))
     engine.assign(space, RUN_SEED, LARGE_CACHE)
-
-
-# What is refused
-
-
-def test_slot_ranks_are_vllms_own() -> None:
-    from vllm.config.lora import MaxLoRARanks
-
-    assert get_args(MaxLoRARanks) == SLOT_RANKS
-
-
-@pytest.mark.parametrize(("rank", "slot"), [(1, 1), (2, 8), (5, 8), (8, 8), (9, 16), (40, 64), (321, 512), (512, 512)])
-def test_a_rank_is_padded_to_the_next_of_vllms(rank: int, slot: int) -> None:
-    assert slot_rank(rank) == slot
-
-
-def test_a_rank_beyond_vllms_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"space\.rank: vLLM holds ranks up to 512, not 513"):
-        slot_rank(513)
-
-
-def test_a_matrix_that_vllm_does_not_adapt_is_named() -> None:
-    from workers.vllm_extension import _find_slot_tensors
-
-    def layer(parts: int) -> Any:
-        stacks = tuple(torch.zeros(1, 1, 8, 4) for _ in range(parts))
-        return SimpleNamespace(lora_a_stacked=stacks, lora_b_stacked=stacks)
-
-    manager = SimpleNamespace(
-        modules={"layers.0.qkv_proj": layer(2), "layers.1.qkv_proj": layer(2), "layers.0.o_proj": layer(1)},
-        packed_modules={f"layers.{n}.qkv_proj": [f"layers.{n}.q_proj", f"layers.{n}.k_proj"] for n in (0, 1)},
-    )
-    fits = LoraSpace([Matrix("layers.1.k_proj", 4, 4, 1.0)], rank=2, alpha=2.0)
-    assert ("layers.1.k_proj", "B") in _find_slot_tensors(manager, fits)
-    misfit = LoraSpace([Matrix("layers.0.router", 4, 4, 1.0)], rank=2, alpha=2.0)
-    with pytest.raises(ValueError, match=r"^space\.targets: .*layers\.0\.router.*k_proj, o_proj, q_proj$"):
-        _find_slot_tensors(manager, misfit)

@@ -18,7 +18,6 @@ from es_engine.config.base import (
     PositiveFloat,
     PositiveInt,
     Seed,
-    flat,
     in_yaml,
     problem,
 )
@@ -39,6 +38,7 @@ from es_engine.config.loading import (
 from es_engine.config.model import TinyModelConfig
 from es_engine.config.root import Config, Name
 from es_engine.config.tasks import TaskConfig
+from rewards.trees import flat
 
 Setting = dict[str, Any]
 """Fields of a config by their dotted names, such as optimizer.lr, and their values."""

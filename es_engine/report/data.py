@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.config import dump_config
-from es_engine.config.base import flat
 from es_engine.costs import Measure
 from es_engine.ledger import LedgerReader, Line
 from es_engine.run_folder import RunFolder, refuse_ways_out
+from rewards.trees import flat
 
 Array = npt.NDArray[np.float64]
 

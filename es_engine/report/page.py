@@ -18,12 +18,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from es_engine.config.base import flat
 from es_engine.report.curves import Array, Curve, Points
 from es_engine.report.data import AXES, MEASURES, RunData, RunGroup, group_runs, read_run
 from es_engine.report.plots import Bars, Plot, plots
 from es_engine.report.samples import samples
 from es_engine.run_folder import RunFolder, write_text
+from rewards.trees import flat
 
 Cell = str | float | None
 

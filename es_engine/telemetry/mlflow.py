@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import Config
-from es_engine.config.base import flat, in_yaml
+from es_engine.config.base import in_yaml
 from es_engine.config.telemetry import MlflowConfig
 from es_engine.telemetry.base import Line
 from es_engine.telemetry.scalars import evaluation_scalars, generation_scalars
 from es_engine.telemetry.trackers import remembered_id, required
+from rewards.trees import flat
 
 MOST_PARAMS, MOST_METRICS = 100, 1000  # in one request, by MLflow's own limits
 
