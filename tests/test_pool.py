@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfDiskError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError, RuntimeEnvSetupError
 
 from es_engine.config import PoolConfig, parse_config
 from es_engine.config.pool import WorkerRangeConfig
@@ -217,6 +217,65 @@ def test_a_dead_workers_call_goes_to_another_that_need_not_wait_for_its_replacem
     assert pool.states() == {"busy": 0, "idle": 1, "starting": 1}
 
 
+@pytest.mark.parametrize("death", [OutOfMemoryError("the node's memory is nearly full"), RuntimeEnvSetupError()])
+def test_a_worker_that_ray_ended_is_replaced_as_one_that_died(start: Any, death: Exception) -> None:
+    def fragile(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, death if process == 1 and method != "start" else result
+
+    pool, _, notices = start(fragile)
+    assert pool.run([call(5, 0), call(5, 1)]) == [0, 0]
+    assert notices[0] == f"worker 1 is replaced ({type(death).__name__})"
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """What came of a call, or of a start, in which this was raised."""
+    return RayTaskError("method", "trace", cause)
+
+
+def test_what_a_broken_machine_may_raise_costs_one_worker_and_the_second_time_the_round(start: Any) -> None:
+    broken_gpu = raised(RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA"))
+
+    def broken(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, broken_gpu if method != "start" and (process == 0 or arguments == (9,)) else result
+
+    pool, _, notices = start(broken)
+    assert pool.run([call(5)]) == [1]
+    assert notices[0] == "worker 0 is replaced (CUDA error: an illegal memory access)"
+    with pytest.raises(RayTaskError) as error:
+        pool.run([call(9)])
+    assert error.value is broken_gpu
+    assert pool.restarts == 2
+
+
+def test_what_is_not_a_machines_fault_is_raised_at_once(start: Any) -> None:
+    def refusing(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, result if method == "start" else raised(ValueError("task.max_tokens: too many"))
+
+    pool, _, _ = start(refusing)
+    with pytest.raises(ValueError, match=r"^task.max_tokens: too many$"):
+        pool.run([call(5)])
+    assert pool.restarts == 0
+
+
+@pytest.mark.parametrize("in_vain", [2, 100])
+def test_a_replacement_may_have_to_wait_for_what_its_predecessor_held(start: Any, in_vain: int) -> None:
+    def slow_to_free(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if method == "start" and 0 < process <= in_vain:
+            return 1.0, raised(ValueError("Free memory on device cuda:0 is less than desired"))
+        return (1.0, ActorDiedError()) if method != "start" and process == 0 else well(process, method, arguments)
+
+    pool, cluster, _ = start(slow_to_free, nodes=[1.0], workers=1)
+    if in_vain == 2:
+        assert pool.run([call(5)]) == [3]
+        return
+    with pytest.raises(ValueError, match=r"^Free memory on device"):
+        pool.run([call(5)])
+    assert len(cluster.processes) == 1 + 1 + 3
+
+
 def test_a_call_that_kills_every_worker_ends_the_run(start: Any) -> None:
     def deadly(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         return (1.0, {}) if method == "start" else (1.0, ActorDiedError() if arguments[0] == 9 else process)
@@ -324,10 +383,11 @@ def test_without_a_node_in_time_the_run_ends_in_a_sentence(start: Any) -> None:
     assert 104 < cluster.now < 110
 
 
-def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any) -> None:
+@pytest.mark.parametrize("kind", [ValueError, ImportError, RuntimeError])
+def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any, kind: type[Exception]) -> None:
     def choosy(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         if process == 4:
-            return 1.0, RayTaskError("start", "trace", ValueError("model.source: differs"))
+            return 1.0, raised(kind("model.source: differs"))
         return (1.0, ActorDiedError()) if process > 4 else well(process, method, arguments)
 
     pool, cluster, notices = start(choosy, workers={"min": 1, "max": 5}, retries=1)
