@@ -281,7 +281,7 @@ def test_a_call_that_kills_every_worker_ends_the_run(start: Any) -> None:
         return (1.0, {}) if method == "start" else (1.0, ActorDiedError() if arguments[0] == 9 else process)
 
     pool, _, _ = start(deadly, retries=2)
-    with pytest.raises(RuntimeError, match=r"a call of 9 s cost 3 workers"):
+    with pytest.raises(ValueError, match=r"a call of 9 s cost 3 workers, .* `es-engine resume RUN` tries"):
         pool.run([call(1), call(9)])
     assert pool.restarts == 3
 
@@ -515,7 +515,7 @@ def test_a_worker_that_replies_nonsense_is_replaced_and_its_call_given_to_others
     pool, _, notices = start(broken)
     assert set(pool.run([Call(f"call {number}", "evaluate", (5,), fault=fault) for number in range(6)])) == {0, 2}
     assert notices == ["worker 1 is replaced (a bad reply to call 1: it is no number)", "call 1 is given out again"]
-    with pytest.raises(RuntimeError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
+    with pytest.raises(ValueError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
         pool.run([Call("call 7", "evaluate", (5,), fault=lambda _: "never right")])
 
 

@@ -163,9 +163,9 @@ class Pool:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
         An exception in a call is raised here; of those that a broken machine may cause, the second in the same call.
-        Raises RuntimeError if a call outlives more than `pool.retries` workers, Diverged if no worker has finite
-        numbers to reply to one, ValueError if there are too few workers for longer than `pool.node_timeout_s`, or if
-        Ray's object store is full for long.
+        Raises ValueError if a call outlives more than `pool.retries` workers, if there are too few of them for longer
+        than `pool.node_timeout_s`, or if Ray's object store is full for long; Diverged, which is one, if no worker has
+        finite numbers to reply to a call.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
@@ -389,7 +389,7 @@ class Pool:
         seat.is_free()
         if seat.failed_starts > self._pool.retries:
             if not self._others_than(seat.place.node):
-                raise RuntimeError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
+                raise ValueError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
             self._bar(seat, reason)
         elif (place := self._place_for(seat)) is None:
             self._seats.remove(seat)
@@ -406,9 +406,9 @@ class Pool:
         """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._pool.retries:
-            raise RuntimeError(
+            raise ValueError(
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
-                "pool.retries allows no more"
+                "pool.retries allows no more; `es-engine resume RUN` tries it again"
             )
         self._give_again(seat, todo, number)
 
