@@ -398,6 +398,16 @@ def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any, kind: ty
     assert ["model.source: differs" in notice for notice in barred] == [True, False]
 
 
+def test_where_the_only_node_for_workers_cannot_start_any_the_run_ends_at_once_and_says_why(start: Any) -> None:
+    """Beside a head without CPUs, on which nothing can go on."""
+
+    def doomed(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        return 1.0, ActorDiedError()
+
+    with pytest.raises(ValueError, match=r"^worker 0 died 4 times while starting \(ActorDiedError\)$"):
+        start(doomed, nodes=[0.0, 1.0], workers=1)
+
+
 def test_with_bounds_the_autoscaler_is_asked_for_the_most_workers_until_the_end(start: Any) -> None:
     pool, cluster, _ = start(well, workers={"min": 1, "max": 5}, threads=2)
     assert cluster.requests == [[{"CPU": 2.0}] * 5]

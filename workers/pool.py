@@ -485,8 +485,8 @@ class Pool:
         return next(iter([*elsewhere, *free]), None)
 
     def _others_than(self, node: str) -> bool:
-        """Whether there are other nodes, on which the run can go on."""
-        return bool(living_nodes().keys() - self._barred - {node})
+        """Whether other nodes have places for workers, so that the run can go on there; a head may have none."""
+        return any(place.node != node for place in self._places(living_nodes()))
 
     def _bar(self, seat: _Seat, reason: str) -> None:
         """Do without a node where a worker cannot start."""
