@@ -595,6 +595,26 @@ def test_every_living_worker_is_assigned_once_and_the_next_to_start_begins_with_
     assert pool.restarts == 1
 
 
+@pytest.mark.parametrize("late", [None, OutOfDiskError(), raised(RuntimeError("CUDA error"))])
+def test_a_worker_that_is_late_with_a_call_of_the_run_before_is_waited_for(start: Any, late: Exception | None) -> None:
+    """Whatever comes of the call."""
+    told: list[tuple[int, str]] = []
+
+    def listening(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        told.append((process, method))
+        seconds, result = slow(process, method, arguments)
+        return seconds, late if late and (process, method) == (0, "evaluate") else result
+
+    pool, cluster, _ = start(listening)
+    assert pool.run([call(5) for _ in range(4)]) == [1, 1, 1, 1]
+    assert cluster.now < 30
+    told.clear()
+    pool.assign(assigned("other"))
+    assert cluster.now > 50
+    assert told == [(1, "assign"), (2, "start") if isinstance(late, RayTaskError) else (0, "assign")]
+    assert pool.states() == {"busy": 0, "idle": 2, "starting": 0}
+
+
 def test_a_replacement_that_is_still_starting_for_the_run_before_is_assigned_when_it_is_there(start: Any) -> None:
     told: list[tuple[int, str]] = []
 

@@ -267,13 +267,15 @@ class Pool:
         described: dict[int, dict[str, Any]] = {}
         while len(self._seats) < self._fewest or any(seat.index not in described for seat in self._seats):
             for seat in self._done([seat for seat in self._seats if seat.index not in described]):
-                if (reply := self._reply(seat)) is None:
-                    continue
-                begun_for, (report,) = seat.setup, reply
-                self._has_started(seat, report)
-                if begun_for is self._setup:
-                    described[seat.index] = report
-                else:  # a replacement, begun for the setup before, or one that is done with a call of it
+                if seat.round is not None:  # a call that nobody waits for any more
+                    self._take_result(seat)
+                elif (reply := self._reply(seat)) is not None:
+                    (report,) = reply
+                    self._has_started(seat, report)
+                    if seat.setup is self._setup:
+                        described[seat.index] = report
+            for seat in self._seats:  # done with such a call, or begun for the setup before
+                if seat.task is None and seat.index not in described:
                     self._assign(seat)
             self._watch()
         return [described[seat.index] for seat in self._seats if seat.index in described]
@@ -362,9 +364,9 @@ class Pool:
             raise
 
     def _does_without(self, seat: _Seat, cause: Exception) -> bool:
-        """Replace a worker, or do without its node, in a round under way, for what it raised; False if it would be in
-        vain."""
-        if self._round is None:
+        """Replace a worker, or do without its node, for what it raised; False if it would be in vain, or if it was to
+        begin with the others."""
+        if self._round is None and seat.round is None:
             return False
         if seat.round is not None:
             again = isinstance(cause, OF_A_MACHINE) and self._pool.retries > 0 and seat.number not in seat.round.broke
