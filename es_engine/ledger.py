@@ -31,7 +31,6 @@ LONGEST = 1 << 28
 WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative", "rescored"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
-
 ROLLOUTS = frozenset({"members", "prompts", "rewards", "fitness"})
 """Keys of a generation whose values are as long as it had members, prompts or rollouts."""
 
