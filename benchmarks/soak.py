@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -66,8 +67,9 @@ def soak(generations: int, every: float) -> tuple[list[Row], int, int]:
         while not over.wait(every):
             workers = [process for process in descendants() if "ray::SimulatedWorkers" in command(process)]
             if workers:
-                os.kill(rng.choice(workers), signal.SIGKILL)
-                kills += 1
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    kills += 1
 
     def sample() -> None:
         reader, done = LedgerReader(run / "ledger.jsonl"), 0

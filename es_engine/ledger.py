@@ -31,33 +31,46 @@ LONGEST = 1 << 28
 WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative", "rescored"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
+ROLLOUTS = frozenset({"members", "prompts", "rewards", "fitness"})
+"""Keys of a generation whose values are as long as it had members, prompts or rollouts."""
+
 
 class Ledger:
     """A file of JSON lines that only grows."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or begins the file; a last line that was cut off while it was written is taken away.
+        """Reads the file, if there is one, and leaves it as it is: a run may be writing it. A last line that was cut
+        off while it was written counts for nothing, and is taken away by the first `append`.
 
         Raises ValueError if any other line is damaged.
         """
         self.path = path
         reader = LedgerReader(path)
         self.lines: list[Line] = list(reader.new_lines())
-        if path.exists() and reader.bytes_read < path.stat().st_size:
-            os.truncate(path, reader.bytes_read)
+        self._whole = reader.bytes_read
+        self._forgotten = 0
 
     def append(self, line: Line) -> None:
         """Add a line and wait until it is on disk. On a full disk nothing is left of it."""
         data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:  # a buffer would be flushed once more by close
-            before = file.tell()
             try:
+                file.truncate(self._whole)
                 _write_all(file, data)
                 os.fsync(file.fileno())
             except OSError:
-                os.truncate(self.path, before)
+                os.truncate(self.path, self._whole)
                 raise
+        self._whole += len(data)
         self.lines.append(line)
+
+    def forget_rollouts(self) -> None:
+        """Let go of what the lines so far hold of single rollouts, which only a replay asks for: of thousands of steps
+        it would be gigabytes."""
+        for line in self.lines[self._forgotten :]:
+            for key in ROLLOUTS & line.keys():
+                del line[key]
+        self._forgotten = len(self.lines)
 
     def of_kind(self, kind: str) -> list[Line]:
         """The lines of one kind, in order."""

@@ -124,7 +124,8 @@ class RunFolder:
         write_folder(self.checkpoints / f"step-{step:06d}", write)
         for old in self._checkpoint_folders()[:-KEPT_CHECKPOINTS]:
             if not lasting(_step_of(old)):
-                shutil.rmtree(old)
+                # On NFS a file that somebody reads, such as a backup, cannot be removed; the next call will do it.
+                shutil.rmtree(old, ignore_errors=True)
 
     def load_checkpoint(self, most: int) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The latest readable checkpoint of at most `most` steps: its step and tensors."""
@@ -133,7 +134,8 @@ class RunFolder:
             if step <= most:
                 try:
                     with safe_open(folder / "state.safetensors", framework="pt") as file:
-                        return step, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                        # Copies: what it gives stays mapped to the file, and an optimizer keeps its state for good.
+                        return step, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 except (SafetensorError, OSError):
                     continue  # damaged: an earlier one, or the ledger alone, gives the same theta
         return None

@@ -6,6 +6,7 @@ between hosts where the file system passes flock on, as NFS does.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import TextIO
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 PATIENCE_S = 1.0
 """Whoever asks for the holder has the lock himself for an instant."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder. Raises ValueError if one of them does."""
+    """Keep other processes from training in a run folder. Raises ValueError if one of them does, or if its file system
+    has no locks."""
     with (folder / LOCK).open("a+") as file:
         deadline = time.monotonic() + PATIENCE_S
         while not _taken(file, fcntl.LOCK_EX):
@@ -52,6 +55,13 @@ def _taken(file: TextIO, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise ValueError(
+            f"{file.name}: the file system has no locks ({error.strerror}); mount it with them, as Lustre with "
+            "`-o flock`, or give a run folder elsewhere"
+        ) from error
     return True
 
 

@@ -90,6 +90,7 @@ def _run(session: Session, config: Config, folder: RunFolder, ledger: Ledger, no
     state = restore(stages, folder, ledger)
     if not ledger.lines:
         ledger.append(header(stages, state))
+    ledger.forget_rollouts()
     with (
         open_telemetry(config, folder, state.step, session.pool) as telemetry,
         notices.delivered_to(telemetry),
@@ -171,6 +172,7 @@ def _generation(session: Session, folder: RunFolder, ledger: Ledger, state: Stat
         # Before its line: without the rollouts, nothing else leads there again.
         checkpoint(folder, ledger, state, config)
     ledger.append(line)
+    ledger.forget_rollouts()
     telemetry.generation(_telemetry_line(materials, state, line, ledger))
 
 
@@ -241,12 +243,12 @@ def _evaluate_if_due(
 ) -> None:
     """Evaluate the center at the start, at intervals and at the end, keep its completions, the best adapter and
     theta."""
-    config = session.materials.config
-    evaluations = folder.open_evaluations()
-    done = {line["step"] for line in evaluations.lines}
-    if state.step in done or not (final or state.step % config.evaluation.every == 0):
+    config, wanted = session.materials.config, session.materials.config.evaluation
+    if not (final or state.step % wanted.every == 0):
         return
-    wanted = config.evaluation
+    evaluations = folder.open_evaluations()
+    if any(line["step"] == state.step for line in evaluations.lines):
+        return
     started = time.perf_counter()
     evaluation = evaluate_center(
         session.pool,

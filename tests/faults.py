@@ -76,6 +76,8 @@ class FaultyEngine:
         for number, completion in enumerate(self._engine.generate(*arguments)):
             if number == 1:
                 fault = strike("generate")
+                if fault == "raise":
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if fault != "short":
                 yield completion
 

@@ -148,14 +148,14 @@ def test_a_stopped_worker_beside_others_is_not_waited_for(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("fault", ["generate.short", "sum.nan", "sum.short"])
-def test_a_reply_that_cannot_be_right_costs_the_worker_and_not_the_run(
+@pytest.mark.parametrize("fault", ["generate.raise", "generate.short", "sum.nan", "sum.short"])
+def test_an_error_or_a_reply_that_cannot_be_right_costs_the_worker_and_not_the_run(
     nodes: Nodes, random_llama: Path, tmp_path: Path, suffered: Callable[..., None], fault: str
 ) -> None:
     nodes.shape(2)
     run = train_and(config_of(random_llama, 2), tmp_path / "run", lambda: faults.place(fault))
     assert Ledger(run / "ledger.jsonl").generations[-1]["restarts"] == 1
-    suffered(f"a worker's bad reply ({fault})", 1, run)
+    suffered(f"a worker's error or bad reply ({fault})", 1, run)
 
 
 # --- nodes

@@ -232,6 +232,22 @@ def test_a_damaged_run_goes_on_from_what_is_whole(
     count(damage.__name__.replace("_", " "), 1)
 
 
+def test_a_run_holds_no_rollouts_of_the_steps_behind_it(undisturbed: Path, tmp_path: Path) -> None:
+    """Neither of those that it found in its ledger nor of its own: its memory would grow with every step."""
+    run, ledgers, append = interrupted(undisturbed, tmp_path / "run"), [], Ledger.append
+
+    def noted(ledger: Ledger, line: dict[str, Any]) -> None:
+        append(ledger, line)
+        ledgers.append(ledger)
+
+    with patch.object(Ledger, "append", noted):
+        resume_here(run)
+    (ledger,) = {id(each): each for each in ledgers if each.path.name == "ledger.jsonl"}.values()
+    assert len(ledger.generations) == GENERATIONS
+    assert not any({"members", "prompts", "rewards"} & line.keys() for line in ledger.lines)
+    assert_same_run(run, undisturbed)
+
+
 def test_a_run_of_another_model_or_config_is_refused_by_the_name_of_what_differs(
     undisturbed: Path, random_llama: Path, tmp_path: Path
 ) -> None:

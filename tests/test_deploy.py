@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from ray._private import utils as ray_utils
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
@@ -29,6 +30,7 @@ DEPLOY = ROOT / "deploy"
 IMAGE_HOME = "/home/engine"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 README = (DEPLOY / "README.md").read_text()
+SBATCH = (DEPLOY / "slurm/train.sbatch").read_text()
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 SCRIPTS = [*sorted(DEPLOY.glob("*.sh")), *sorted(ROOT.glob("scripts/*.sh")), DEPLOY / "slurm/train.sbatch"]
 PROGRAMS = {
@@ -204,6 +206,18 @@ def test_the_services_are_whole() -> None:
     assert set(load(DEPLOY / "compose.gpu.yaml")["services"]) <= set(services)
 
 
+@pytest.mark.parametrize("memory", [2e9, 16e9, 64e9, 2e12])
+def test_rays_object_store_has_room_in_the_services_shared_memory(
+    memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has not, Ray puts it on the disk, which is slow, or does not start."""
+    services = load(DEPLOY / "compose.yaml")["services"]
+    sizes = {services[name]["shm_size"] for name in ("head", "worker")}
+    (size,) = (int(size.removesuffix("gb")) << 30 for size in sizes)
+    monkeypatch.setattr(ray_utils, "get_shared_memory_bytes", lambda: size)
+    assert ray_utils.resolve_object_store_memory(int(memory)) <= size
+
+
 def test_prometheus_asks_where_the_page_has_a_run_serve_its_metrics() -> None:
     file = DEPLOY / "prometheus/prometheus.yml"
     if not file.is_file():
@@ -299,7 +313,7 @@ def test_a_run_is_begun_once_and_gone_on_with_after_that(stand_ins: Path, tmp_pa
 
 def slurm_job(stand_ins: Path, **more: str) -> subprocess.Popen[bytes]:
     command = ["bash", DEPLOY / "slurm/train.sbatch", "runs/x", "c.yaml"]
-    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", **more}
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64", **more}
     return subprocess.Popen(command, cwd=ROOT, env=environment(stand_ins, **slurm), start_new_session=True)
 
 
@@ -307,14 +321,19 @@ def test_the_slurm_script_trains_on_all_its_nodes(stand_ins: Path) -> None:
     job = slurm_job(stand_ins)
     assert job.wait(30) == 0
     head, others = calls(stand_ins, "srun")
-    assert "--nodelist=node1 ray start --head --block --port=22345" in head
-    assert "--nodes=1 --ntasks=1 --exclude=node1 ray start --block --address=node1:22345" in others
+    assert "--cpus-per-task=64 --nodelist=node1 ray start --head --block --port=22345" in head
+    assert "--ntasks=1 --cpus-per-task=64 --exclude=node1 ray start --block --address=node1:22345" in others
+    assert all("--num-cpus=64" in step for step in (head, others))
     assert calls(stand_ins, "python")[-1] == "deploy/wait_for_nodes.py 2"
     assert calls(stand_ins, "es-engine") == ["train c.yaml --run-dir runs/x --set pool.address=auto"]
     assert calls(stand_ins, "scontrol") == ["show hostnames node[1-2]"]
 
 
-def test_the_slurm_script_is_queued_again_when_its_time_is_up(stand_ins: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_slurm_job_is_queued_again_when_its_time_is_up_and_not_when_it_is_cancelled(
+    stand_ins: Path, number: signal.Signals
+) -> None:
+    assert f"#SBATCH --signal=B:{signal.SIGUSR1.name.removeprefix('SIG')}@" in SBATCH
     job = slurm_job(stand_ins, HANG="1")
     deadline = time.monotonic() + 30
     while not (stand_ins.parent / "calls").exists() or not calls(stand_ins, "es-engine"):
@@ -322,9 +341,14 @@ def test_the_slurm_script_is_queued_again_when_its_time_is_up(stand_ins: Path) -
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(2)  # the traps of the script and of the stand-in
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 130
-    assert calls(stand_ins, "scontrol")[-1] == "requeue 12345"
+    if number == signal.SIGUSR1:
+        job.send_signal(number)
+        assert job.wait(30) == 130
+        assert calls(stand_ins, "scontrol")[-1] == "requeue 12345"
+    else:  # which all of a job's processes are sent
+        os.killpg(job.pid, number)
+        assert job.wait(30) == -number
+        assert calls(stand_ins, "scontrol") == ["show hostnames node[1-2]"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -110,14 +110,29 @@ def test_a_line_cut_off_at_any_byte_is_taken_away(tmp_path: Path) -> None:
 
 @with_files
 @given(tail=st.binary(max_size=40).filter(lambda tail: b"\n" not in tail and b"\r" not in tail))
-def test_rubbish_after_the_last_line_is_taken_away(tmp_path: Path, tail: bytes) -> None:
+def test_rubbish_after_the_last_line_is_taken_away_by_the_next(tmp_path: Path, tail: bytes) -> None:
+    """Not before: whoever only looks at a ledger may see a line that another process is writing."""
     path = tmp_path / "l"
     written(path)
     whole = path.read_bytes()
     for end in (b"", b"\n"):
-        path.write_bytes(whole + b"\0" + tail + end)
-        assert Ledger(path).lines == LINES
-        assert path.read_bytes() == whole
+        damaged = whole + b"\0" + tail + end
+        path.write_bytes(damaged)
+        ledger = Ledger(path)
+        assert ledger.lines == LINES
+        assert path.read_bytes() == damaged
+        ledger.append({"kind": "x"})
+        assert path.read_bytes() == whole + b'{"kind":"x"}\n'
+
+
+def test_what_is_forgotten_of_single_rollouts_is_on_disk_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "l"
+    ledger = written(path, [{**line} for line in LINES[:3]])
+    ledger.forget_rollouts()
+    ledger.append({**LINES[3]})
+    ledger.forget_rollouts()
+    assert ledger.lines == [{key: value for key, value in line.items() if key != "rewards"} for line in LINES]
+    assert Ledger(path).lines == LINES
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\0\0\0", b"\xff\xfe", b"17", b"[]", b"{}", b"null", b'{"kind": nul}'])

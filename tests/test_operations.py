@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -63,6 +65,15 @@ def test_a_killed_process_lets_go_of_its_run(tmp_path: Path) -> None:
     assert holder(tmp_path) is None
     with locked(tmp_path):
         assert f"process {process.pid}" not in (holder(tmp_path) or "")
+
+
+def test_a_file_system_without_locks_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(ValueError, match=r"\.lock: the file system has no locks \(.*\); mount it"), locked(tmp_path):
+        pass
 
 
 def test_a_run_that_is_trained_is_neither_resumed_nor_touched(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_up_cluster import Behaviour, Cluster, name
-from ray.exceptions import ActorDiedError, OutOfDiskError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError, RuntimeEnvSetupError
 
 from es_engine.config import PoolConfig, parse_config
 from es_engine.config.pool import WorkerRangeConfig
@@ -103,12 +103,71 @@ def test_a_dead_workers_call_goes_to_another_that_need_not_wait_for_its_replacem
     assert pool.states() == {"busy": 0, "idle": 1, "starting": 1}
 
 
+@pytest.mark.parametrize("death", [OutOfMemoryError("the node's memory is nearly full"), RuntimeEnvSetupError()])
+def test_a_worker_that_ray_ended_is_replaced_as_one_that_died(start: Any, death: Exception) -> None:
+    def fragile(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, death if process == 1 and method != "start" else result
+
+    pool, _, notices = start(fragile)
+    assert pool.run([call(5, 0), call(5, 1)]) == [0, 0]
+    assert notices[0] == f"worker 1 is replaced ({type(death).__name__})"
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """What came of a call, or of a start, in which this was raised."""
+    return RayTaskError("method", "trace", cause)
+
+
+def test_what_a_broken_machine_may_raise_costs_one_worker_and_the_second_time_the_round(start: Any) -> None:
+    broken_gpu = raised(RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA"))
+
+    def broken(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, broken_gpu if method != "start" and (process == 0 or arguments == (9,)) else result
+
+    pool, _, notices = start(broken)
+    assert pool.run([call(5)]) == [1]
+    assert notices[0] == "worker 0 is replaced (CUDA error: an illegal memory access)"
+    with pytest.raises(RayTaskError) as error:
+        pool.run([call(9)])
+    assert error.value is broken_gpu
+    assert pool.restarts == 2
+
+
+def test_what_is_not_a_machines_fault_is_raised_at_once(start: Any) -> None:
+    def refusing(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        seconds, result = well(process, method, arguments)
+        return seconds, result if method == "start" else raised(ValueError("task.max_tokens: too many"))
+
+    pool, _, _ = start(refusing)
+    with pytest.raises(ValueError, match=r"^task.max_tokens: too many$"):
+        pool.run([call(5)])
+    assert pool.restarts == 0
+
+
+@pytest.mark.parametrize("in_vain", [2, 100])
+def test_a_replacement_may_have_to_wait_for_what_its_predecessor_held(start: Any, in_vain: int) -> None:
+    def slow_to_free(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if method == "start" and 0 < process <= in_vain:
+            return 1.0, raised(ValueError("Free memory on device cuda:0 is less than desired"))
+        return (1.0, ActorDiedError()) if method != "start" and process == 0 else well(process, method, arguments)
+
+    pool, cluster, _ = start(slow_to_free, nodes=[1.0], workers=1)
+    if in_vain == 2:
+        assert pool.run([call(5)]) == [3]
+        return
+    with pytest.raises(ValueError, match=r"^Free memory on device"):
+        pool.run([call(5)])
+    assert len(cluster.processes) == 1 + 1 + 3
+
+
 def test_a_call_that_kills_every_worker_ends_the_run(start: Any) -> None:
     def deadly(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         return (1.0, {}) if method == "start" else (1.0, ActorDiedError() if arguments[0] == 9 else process)
 
     pool, _, _ = start(deadly, retries=2)
-    with pytest.raises(RuntimeError, match=r"a call of 9 s cost 3 workers"):
+    with pytest.raises(ValueError, match=r"a call of 9 s cost 3 workers, .* `es-engine resume RUN` tries"):
         pool.run([call(1), call(9)])
     assert pool.restarts == 3
 
@@ -210,10 +269,11 @@ def test_without_a_node_in_time_the_run_ends_in_a_sentence(start: Any) -> None:
     assert 104 < cluster.now < 110
 
 
-def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any) -> None:
+@pytest.mark.parametrize("kind", [ValueError, ImportError, RuntimeError])
+def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any, kind: type[Exception]) -> None:
     def choosy(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         if process == 4:
-            return 1.0, RayTaskError("start", "trace", ValueError("model.source: differs"))
+            return 1.0, raised(kind("model.source: differs"))
         return (1.0, ActorDiedError()) if process > 4 else well(process, method, arguments)
 
     pool, cluster, notices = start(choosy, workers={"min": 1, "max": 5}, retries=1)
@@ -222,6 +282,16 @@ def test_a_late_node_where_workers_cannot_start_is_left_out(start: Any) -> None:
     assert set(pool.run([call(5) for _ in range(60)])) == {0, 1, 2, 3}
     barred = [notice for notice in notices if "no more workers" in notice]
     assert ["model.source: differs" in notice for notice in barred] == [True, False]
+
+
+def test_where_the_only_node_for_workers_cannot_start_any_the_run_ends_at_once_and_says_why(start: Any) -> None:
+    """Beside a head without CPUs, on which nothing can go on."""
+
+    def doomed(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        return 1.0, ActorDiedError()
+
+    with pytest.raises(ValueError, match=r"^worker 0 died 4 times while starting \(ActorDiedError\)$"):
+        start(doomed, nodes=[0.0, 1.0], workers=1)
 
 
 def test_with_bounds_the_autoscaler_is_asked_for_the_most_workers_until_the_end(start: Any) -> None:
@@ -341,7 +411,7 @@ def test_a_worker_that_replies_nonsense_is_replaced_and_its_call_given_to_others
     pool, _, notices = start(broken)
     assert set(pool.run([Call(f"call {number}", "evaluate", (5,), fault=fault) for number in range(6)])) == {0, 2}
     assert notices == ["worker 1 is replaced (a bad reply to call 1: it is no number)", "call 1 is given out again"]
-    with pytest.raises(RuntimeError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
+    with pytest.raises(ValueError, match=r"call 7 cost 4 workers, the last by a bad reply to call 7: never right"):
         pool.run([Call("call 7", "evaluate", (5,), fault=lambda _: "never right")])
 
 
@@ -409,6 +479,26 @@ def test_every_living_worker_is_assigned_once_and_the_next_to_start_begins_with_
     assert cluster.setups[0] is cluster.setups[1]
     assert cluster.setups[2] is other
     assert pool.restarts == 1
+
+
+@pytest.mark.parametrize("late", [None, OutOfDiskError(), raised(RuntimeError("CUDA error"))])
+def test_a_worker_that_is_late_with_a_call_of_the_run_before_is_waited_for(start: Any, late: Exception | None) -> None:
+    """Whatever comes of the call."""
+    told: list[tuple[int, str]] = []
+
+    def listening(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        told.append((process, method))
+        seconds, result = slow(process, method, arguments)
+        return seconds, late if late and (process, method) == (0, "evaluate") else result
+
+    pool, cluster, _ = start(listening)
+    assert pool.run([call(5) for _ in range(4)]) == [1, 1, 1, 1]
+    assert cluster.now < 30
+    told.clear()
+    pool.assign(assigned("other"))
+    assert cluster.now > 50
+    assert told == [(1, "assign"), (2, "start") if isinstance(late, RayTaskError) else (0, "assign")]
+    assert pool.states() == {"busy": 0, "idle": 2, "starting": 0}
 
 
 def test_a_replacement_that_is_still_starting_for_the_run_before_is_assigned_when_it_is_there(start: Any) -> None:

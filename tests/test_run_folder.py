@@ -215,6 +215,34 @@ def test_the_latest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert found_step(folder, most=999_998) is None
 
 
+def test_what_is_loaded_does_not_hold_the_file_open(tmp_path: Path) -> None:
+    """On NFS neither the file nor its folder could be removed then, when the checkpoint is old."""
+    found = checkpointed(tmp_path, 5).load_checkpoint(5)
+    assert found is not None
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(found[1]["theta"], tensors(5)["theta"])
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpointed(tmp_path, 1, 2)
+    remove = os.rmdir
+
+    def busy(path: str, **where: int) -> None:
+        if os.path.basename(path) == "step-000001":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        remove(path, **where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        checkpointed(tmp_path, 3)
+    assert folder.checkpoint_steps == [1, 2, 3]
+    assert found_step(folder, most=1) is None
+    checkpointed(tmp_path, 4)
+    assert folder.checkpoint_steps == [3, 4]
+
+
 def test_a_checkpoint_can_be_written_again(tmp_path: Path) -> None:
     assert found_step(checkpointed(tmp_path, 5, 5)) == 5
 

@@ -50,8 +50,8 @@ class Notice(str):
 class Round:
     """The calls of one `run` and how far they are; `waiting` are the numbers of those to be given out, in their order,
     by the worker they prefer, `took` the seconds of those that are done, `repeated` those given to two workers,
-    `not_finite` those to which a reply was not finite, and `homeless` since when there has been no room for the answer
-    to a call."""
+    `not_finite` those to which a reply was not finite, `broke` those in which a worker raised something, and `homeless`
+    since when there has been no room for the answer to a call."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
@@ -60,6 +60,7 @@ class Round:
         self.took: list[float] = []
         self.repeated: set[int] = set()
         self.not_finite: set[int] = set()
+        self.broke: set[int] = set()
         self.deaths: Counter[int] = Counter()
         self.homeless: dict[int, float] = {}
         for number, call in enumerate(calls):

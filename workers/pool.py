@@ -21,7 +21,9 @@ from ray.exceptions import (
     ActorUnavailableError,
     ActorUnschedulableError,
     ObjectLostError,
+    OutOfMemoryError,
     RayTaskError,
+    RuntimeEnvSetupError,
     WorkerCrashedError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -53,7 +55,18 @@ ROOM_S = 600.0
 """How long room in Ray's object store is waited for."""
 NOTICE_S = 60.0
 NOTICES = 8  # at once: a screen, not hundreds of lines
-DEATHS = (ActorDiedError, ActorUnavailableError, ActorUnschedulableError, ObjectLostError, WorkerCrashedError)
+DEATHS = (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    OutOfMemoryError,  # of a worker that Ray killed before its node's memory was full
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
+OF_A_MACHINE = (MemoryError, OSError, RuntimeError)
+"""What a broken machine makes a worker raise, as others do: a GPU's errors, a lost tensor-parallel rank's and those of
+NCCL are RuntimeErrors."""
 
 
 @dataclass(slots=True)
@@ -108,6 +121,7 @@ class Pool:
         self._seats: list[_Seat] = []
         self._shared: dict[tuple[str, int], Any] = {}
         self._barred: set[str] = set()
+        self._proven: set[str] = set()  # nodes where a worker has started
         self._short_since: float | None = None
         self._asked_for: list[dict[str, float]] = []
         self._owns_ray = connect(self._pool.address)
@@ -148,9 +162,10 @@ class Pool:
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """Carry out the calls on whichever workers are free; the results, in the order of the calls.
 
-        An exception in a call is raised here. Raises RuntimeError if a call outlives more than `pool.retries` workers,
-        Diverged if no worker has finite numbers to reply to one, ValueError if there are too few workers for longer
-        than `pool.node_timeout_s`, or if Ray's object store is full for long.
+        An exception in a call is raised here; of those that a broken machine may cause, the second in the same call.
+        Raises ValueError if a call outlives more than `pool.retries` workers, if there are too few of them for longer
+        than `pool.node_timeout_s`, or if Ray's object store is full for long; Diverged, which is one, if no worker has
+        finite numbers to reply to a call.
         """
         return self.run_until(calls, lambda done: len(done) == len(calls))
 
@@ -252,13 +267,15 @@ class Pool:
         described: dict[int, dict[str, Any]] = {}
         while len(self._seats) < self._fewest or any(seat.index not in described for seat in self._seats):
             for seat in self._done([seat for seat in self._seats if seat.index not in described]):
-                if (reply := self._reply(seat)) is None:
-                    continue
-                begun_for, (report,) = seat.setup, reply
-                self._has_started(seat, report)
-                if begun_for is self._setup:
-                    described[seat.index] = report
-                else:  # a replacement, begun for the setup before, or one that is done with a call of it
+                if seat.round is not None:  # a call that nobody waits for any more
+                    self._take_result(seat)
+                elif (reply := self._reply(seat)) is not None:
+                    (report,) = reply
+                    self._has_started(seat, report)
+                    if seat.setup is self._setup:
+                        described[seat.index] = report
+            for seat in self._seats:  # done with such a call, or begun for the setup before
+                if seat.task is None and seat.index not in described:
                     self._assign(seat)
             self._watch()
         return [described[seat.index] for seat in self._seats if seat.index in described]
@@ -324,6 +341,7 @@ class Pool:
         """Note that a worker is ready, and what its canary found."""
         seat.is_free()
         seat.failed_starts = 0
+        self._proven.add(seat.place.node)
         if (canary := report.get("canary")) is not None:
             self.canaries[seat.index] = canary
 
@@ -339,12 +357,29 @@ class Pool:
             if found_no_room(error):
                 self._leave_for_later(seat)
                 return None
+            if self._does_without(seat, error.cause):
+                return None
             if isinstance(error.cause, ValueError):
-                if self._round is not None and seat.round is None and self._others_than(seat.place.node):
-                    self._bar(seat, str(error.cause))
-                    return None
                 raise ValueError(str(error.cause)) from error
             raise
+
+    def _does_without(self, seat: _Seat, cause: Exception) -> bool:
+        """Replace a worker, or do without its node, for what it raised; False if it would be in vain, or if it was to
+        begin with the others."""
+        if self._round is None and seat.round is None:
+            return False
+        if seat.round is not None:
+            again = isinstance(cause, OF_A_MACHINE) and self._pool.retries > 0 and seat.number not in seat.round.broke
+            seat.round.broke.add(seat.number)
+        else:  # what the worker before it held, such as a GPU's memory, may not be free yet
+            again = seat.place.node in self._proven and seat.failed_starts < self._pool.retries
+        if again:
+            self._lose(seat, _in_a_line(cause))
+        elif seat.round is None and self._others_than(seat.place.node):
+            self._bar(seat, _in_a_line(cause))
+        else:
+            return False
+        return True
 
     def _lose(self, seat: _Seat, reason: str) -> None:
         """Go on without a worker's process: another is started where there is room, and its call goes to others."""
@@ -356,7 +391,7 @@ class Pool:
         seat.is_free()
         if seat.failed_starts > self._pool.retries:
             if not self._others_than(seat.place.node):
-                raise RuntimeError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
+                raise ValueError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
             self._bar(seat, reason)
         elif (place := self._place_for(seat)) is None:
             self._seats.remove(seat)
@@ -373,9 +408,9 @@ class Pool:
         """Have the call that a seat's worker died of given out again."""
         todo.deaths[number] += 1
         if todo.deaths[number] > self._pool.retries:
-            raise RuntimeError(
+            raise ValueError(
                 f"{todo.calls[number].name} cost {todo.deaths[number]} workers, the last by {reason}; "
-                "pool.retries allows no more"
+                "pool.retries allows no more; `es-engine resume RUN` tries it again"
             )
         self._give_again(seat, todo, number)
 
@@ -452,8 +487,8 @@ class Pool:
         return next(iter([*elsewhere, *free]), None)
 
     def _others_than(self, node: str) -> bool:
-        """Whether there are other nodes, on which the run can go on."""
-        return bool(living_nodes().keys() - self._barred - {node})
+        """Whether other nodes have places for workers, so that the run can go on there; a head may have none."""
+        return any(place.node != node for place in self._places(living_nodes()))
 
     def _bar(self, seat: _Seat, reason: str) -> None:
         """Do without a node where a worker cannot start."""
@@ -524,3 +559,8 @@ def _no_room(where: str) -> ValueError:
         "under Ray's temporary folder (/tmp/ray), or start Ray with more --object-store-memory, and `es-engine resume "
         "RUN` goes on from here"
     )
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an exception says first; a traceback or a list of hints may follow."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
