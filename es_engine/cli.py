@@ -122,7 +122,9 @@ def evaluate(
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems; by default the config's.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the summary and the completions.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the summary and the completions; by default evaluations/NAME.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Measure a base model, a run or an adapter on held-out problems."""
@@ -131,7 +133,7 @@ def evaluate(
 
     chosen, adapter = _evaluation_target(target, config, overrides or [])
     found = measure(chosen, adapter, problems=problems, samples=samples, temperature=temperature)
-    folder = out or Path("evaluations") / (adapter or target).resolve().name
+    folder = out or Path("evaluations") / _name_of(target)
     write_json_lines(folder / "samples.jsonl", found.samples)
     write_text(folder / "summary.json", json.dumps(found.summary, indent=2) + "\n")
     _print_summary(found.summary)
@@ -234,7 +236,8 @@ def report(
         Path | None, typer.Option(help="The file; by default RUN/report.html, of several runs ./report.html.")
     ] = None,
     over: Annotated[
-        str | None, typer.Option(help="The budget that curves are drawn over first: generated, processed, ...")
+        str | None,
+        typer.Option(help="What curves are drawn over first: generated, processed, flops, worker_seconds or steps."),
     ] = None,
     png: Annotated[bool, typer.Option(help="Every plot as a PNG too, into a folder beside the page.")] = True,
 ) -> None:
@@ -388,6 +391,13 @@ def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) 
     if config is None and not beside.is_file():
         raise ValueError("--config: an adapter outside a run folder needs the config whose model and task to use")
     return load_config(config or beside, overrides), target
+
+
+def _name_of(target: Path) -> str:
+    """What a run folder, an adapter folder or a config is called; an adapter in a run folder has the run's name too."""
+    path = target.resolve()
+    in_run = path.is_dir() and (path.parent / "config.yaml").is_file()
+    return f"{path.parent.name}-{path.name}" if in_run else path.name.removesuffix(".yaml")
 
 
 def _show_end(summary: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from es_engine.config import Config, parse_config
+from es_engine.config import Config, SftMethodConfig, parse_config
 from es_engine.doctor import cluster, examine, machine, software
 from es_engine.doctor.base import GIB
 from es_engine.doctor.run import ModelFacts, check_kv_cache, check_model, check_worker_memory
@@ -374,6 +374,9 @@ def test_workers_without_room_in_memory() -> None:
     assert check_worker_memory(config_of("none"), SMALL, 6 * GIB, cpus=8).status == "ok"
     hf = {"kind": "hf", "dtype": "float32"}
     assert check_worker_memory(config_of("none", hf), SMALL, 7 * GIB, cpus=8).status == "fail"
+    gradients = config_of("none").model_copy(update={"method": SftMethodConfig()})
+    assert check_worker_memory(gradients, SMALL, 9 * GIB, cpus=8).status == "fail"
+    assert check_worker_memory(gradients, SMALL, 10 * GIB, cpus=8).status == "ok"
     for workers, there_are in (("auto", 4), ({"max": 3}, 3)):
         many = config_of("none", workers=workers, threads=2)
         assert check_worker_memory(many, SMALL, 64 * GIB, cpus=8).detail.startswith(f"{there_are} workers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from in_process import FunctionRunner, problems
 from scipy import stats
 
 from es_engine import noise
+from es_engine.cli import _name_of
 from es_engine.evaluation import Evaluation, evaluate_center, pass_at_k, wilson_interval
 from workers.engine import CENTER, Sampling, Vector
 
@@ -159,3 +161,14 @@ def test_evaluations_at_different_steps_sample_alike() -> None:
         evaluate_center(runner, np.zeros(3, np.float32), version, problems(2), Sampling(8), chunk=1)
         generations |= {call.arguments[0].generation for call in runner.calls}
     assert len(generations) == 1
+
+
+def test_evaluations_of_two_runs_have_names_of_their_own(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        for folder in ("adapter", "best"):
+            (tmp_path / run / folder).mkdir(parents=True)
+        (tmp_path / run / "config.yaml").touch()
+    (tmp_path / "alone").mkdir()
+    asked = ("one", "two", "one/best", "two/best", "alone", "one/config.yaml")
+    names = ["one", "two", "one-best", "two-best", "alone", "config"]
+    assert [_name_of(tmp_path / each) for each in asked] == names

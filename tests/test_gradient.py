@@ -22,14 +22,16 @@ from simple_losses import MeanNll, Weighted, reverse_kl, squared_margins
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from es_engine.config import parse_config
+from es_engine.config import SftMethodConfig, parse_config
 from es_engine.methods import gradients
 from es_engine.methods.es import CallRunner
+from es_engine.methods.updates import Updates
 from es_engine.spaces.lora import LoraSpace, Train, Units
 from workers import actor
 from workers.actor import WorkerSetup
 from workers.calls import Call
 from workers.chunks import Chunk
+from workers.cluster import environment
 from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.models import fingerprint, linear_matrices
@@ -275,6 +277,18 @@ def test_micro_batches_hold_every_sample_once_within_their_size(
     assert [max(tokens) for tokens in sizes] == sorted((max(tokens) for tokens in sizes), reverse=True)
 
 
+@pytest.mark.parametrize(("count", "tokens", "batches"), [(2, 512, 1), (32, 512, 4), (80, 570, 8), (1_000, 4096, 15)])
+def test_where_nobody_says_how_large_micro_batches_are_they_are_an_eighth_of_all_tokens_within_bounds(
+    count: int, tokens: int, batches: int
+) -> None:
+    found = [Sample((1,) * 50, (1,) * 7)] * count
+    updates = Updates(SftMethodConfig(), dim=1, parameters=1, adapted=1)
+    assert updates.micro_batch_tokens(found) == tokens
+    assert len(micro_batches(found, tokens)) == batches
+    told = Updates(SftMethodConfig(micro_batch_tokens=77), dim=1, parameters=1, adapted=1)
+    assert told.micro_batch_tokens(found) == 77
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -428,6 +442,11 @@ class Recorder:
             return PartialGradient(np.zeros(1, np.float32), 0.0, {})
 
         return call
+
+
+def test_a_worker_begins_with_what_torch_wants_for_sums_in_a_fixed_order_on_a_gpu() -> None:
+    """It looks at its first product on a GPU, which is the engine's, and refuses all gradients if it was not there."""
+    assert environment(threads=1)["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
 def test_engine_and_gradients_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

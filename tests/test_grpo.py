@@ -81,6 +81,23 @@ def test_a_completions_advantage_is_its_rewards_place_in_its_group() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("rewards", "constant"),
+    [
+        ([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]], 1),
+        ([[1.0, float("nan"), 1.0], [float("nan"), 0.0, 1.0]], 1),
+        ([[float("nan")] * 3, [float("nan"), float("nan"), 2.0]], 2),
+    ],
+)
+def test_groups_from_which_nothing_is_learned_are_counted_whatever_was_not_scored(
+    rewards: list[list[float]], constant: int
+) -> None:
+    found = rollouts(rewards)
+    advantages = [sample.values["advantage"] for sample in grpo()._samples(found)]
+    silent = [not any(advantages[:3]), not any(advantages[3:])]
+    assert policy.record(found)["constant_groups"] == sum(silent) == constant
+
+
 def test_dr_grpo_does_not_scale_by_itself() -> None:
     assert [GrpoMethodConfig(loss=loss).reward_scale for loss in ("grpo", "dr_grpo", "dapo", "gspo")] == [
         "std",

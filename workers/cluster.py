@@ -117,6 +117,9 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # Spinning threads would take the cores from Ray's own processes.
         "OMP_WAIT_POLICY": "passive",
+        # Gradients on a GPU are summed in a fixed order, for which torch wants this at its first product there, that is
+        # vLLM's: it never looks again.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",

@@ -9,7 +9,6 @@ tokens of all samples together, V = vocabulary, D = len(theta).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -270,11 +269,11 @@ def _completion_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU's sums are taken in a fixed order; on a CPU they always are."""
+    """Inside, a GPU's sums are taken in a fixed order, for which a worker's environment has what torch wants; on a CPU
+    they always are."""
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

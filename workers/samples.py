@@ -10,6 +10,11 @@ import numpy.typing as npt
 
 Value = float | npt.NDArray[np.float32]
 
+PARTS = 8
+"""Micro-batches of a step, so that as many workers have something to do."""
+LEAST_TOKENS, MOST_TOKENS = 512, 4096
+"""Of a micro-batch: fewer would each take longer, more would need much memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -41,6 +46,12 @@ class Sample:
     def tokens(self) -> int:
         """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def suitable_tokens(samples: Sequence[Sample]) -> int:
+    """How many tokens, padding included, micro-batches of samples may have where nobody says it: an eighth of all, 512
+    at least and 4096 at most. A function of the samples alone."""
+    return min(MOST_TOKENS, max(LEAST_TOKENS, sum(sample.tokens for sample in samples) // PARTS))
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, together: int = 1) -> list[list[int]]:

@@ -36,7 +36,7 @@ class VllmEngineConfig(ConfigModel):
     )
     gpu_memory_utilization: Fraction = Field(default=0.9, description="Fraction of a GPU's memory that vLLM may use.")
     block_size: PositiveInt | None = Field(
-        default=None, description="Tokens in a block of the KV cache; null is vLLM's choice."
+        default=None, description="Tokens in a block of the KV cache; null: on a GPU vLLM's choice, on a CPU 32."
     )
     enforce_eager: bool = Field(
         default=False, description="Run without CUDA graphs and compilation: starts sooner, runs slower."

@@ -139,8 +139,10 @@ Clip = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], PositiveFloat], Fiel
 class GradientMethodConfig(ConfigModel):
     """What every method that takes gradients has."""
 
-    micro_batch_tokens: PositiveInt = Field(
-        default=4096, description="Tokens, with padding, of the samples that a worker takes a gradient on at a time."
+    micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens, with padding, of the samples that a worker takes a gradient on at a time; auto is an "
+        "eighth of an update's tokens, 512 at least and 4096 at most.",
     )
     max_norm: PositiveFloat | None = Field(
         default=1.0, description="Norm to which longer gradients are shortened; null leaves them as they are."

@@ -28,5 +28,6 @@ class LoraSpaceConfig(ConfigModel):
     )
     seed: Seed = Field(default=0, description="Keys the random factor that is not trained.")
     init: Text | None = Field(
-        default=None, description="Folder of a PEFT adapter to start from; null starts at the base model."
+        default=None,
+        description="Folder of a plain PEFT LoRA to start from, of this rank on these targets; null: the base model.",
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from es_engine.config import Config, ModelConfig, PoolConfig, TinyModelConfig
+from es_engine.config import Config, ModelConfig, PoolConfig, TinyModelConfig, uses_torch
 from es_engine.config.engine import CPU_KV_CACHE_GIB
 from es_engine.doctor.base import GIB, Check, last_line
 from es_engine.doctor.software import Gpu
@@ -142,12 +142,13 @@ def _kv_room(config: Config, model: ModelFacts, gpus: Sequence[Gpu]) -> int:
 
 
 def check_worker_memory(config: Config, model: ModelFacts, available: int, cpus: int) -> Check:
-    """Whether the workers that a local Ray starts on so many CPUs find room in memory: each has the model and, in
-    vLLM, a KV cache."""
+    """Whether the workers that a local Ray starts on so many CPUs find room in memory: each has the model, for
+    gradients once more, and, in vLLM, a KV cache."""
     engine = config.engine
     assert engine.kind != "simulated"
     workers = _workers(config.pool, cpus)
-    weights = model.weights_in(engine.dtype)
+    twice = any(uses_torch(stage.method) for stage in config.by_stage)
+    weights = (2 if twice else 1) * model.weights_in(engine.dtype)
     cache = int((engine.kv_cache_gib or CPU_KV_CACHE_GIB) * GIB) if engine.kind == "vllm" else 0
     needed = workers * (weights + cache)
     detail = f"{workers} workers with {weights / GIB:.1f} GiB of weights and {cache / GIB:.1f} of KV cache each"

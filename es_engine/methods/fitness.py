@@ -25,17 +25,14 @@ import numpy.typing as npt
 from es_engine.costs import Costs, costs_of
 from es_engine.methods import gradients, shaping
 from es_engine.methods.base import CallRunner, Problems
-from es_engine.methods.rollouts import evaluate, figures, mean, mean_of_samples, total_costs
+from es_engine.methods.rollouts import constant_rows, evaluate, figures, mean, mean_of_samples, total_costs
 from es_engine.methods.sft import Demonstrations
 from workers.chunks import Chunk, ChunkResult, Problem
 from workers.completions import Completions
 from workers.engine import Completion
-from workers.samples import Sample
+from workers.samples import Sample, suitable_tokens
 
 Array = npt.NDArray[np.float64]
-
-TEACHER_TOKENS = 4096
-"""Tokens, with padding, of the completions that a worker's teacher reads at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +137,7 @@ class TeacherFitness:
             for completion in completions
         ]
         samples = [Sample(prompt, completion.token_ids) for prompt, completion in said]
-        teacher = gradients.teacher_logprobs(pool, samples, max_tokens=TEACHER_TOKENS)
+        teacher = gradients.teacher_logprobs(pool, samples, max_tokens=suitable_tokens(samples))
         ratios = [
             (np.array(completion.logprobs) - row)[np.isfinite(row)]
             for (_, completion), row in zip(said, teacher.rows, strict=True)
@@ -207,5 +204,5 @@ def _reward_record(rewards: Array) -> dict[str, Any]:
         "rewards": _rows(rewards),
         "reward_mean": mean(values),
         "reward_best": float(np.nanmax(values)) if not np.isnan(values).all() else None,
-        "constant_members": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
+        "constant_members": constant_rows(rewards),
     }

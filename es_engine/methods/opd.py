@@ -106,7 +106,7 @@ class Opd:
         """The samples with what the sampled form needs to know of them, and what that cost."""
         config = self.config
         teacher = gradients.teacher_logprobs(
-            pool, samples, max_tokens=config.micro_batch_tokens, temperature=config.temperature
+            pool, samples, max_tokens=self._updates.micro_batch_tokens(samples), temperature=config.temperature
         )
         judged = policy.with_values(samples, "teacher", teacher.rows)
         spent = costs_of(self._teacher_parameters, teacher.tokens, seconds=teacher.seconds)

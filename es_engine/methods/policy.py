@@ -17,7 +17,7 @@ import numpy.typing as npt
 from es_engine.config.method import PolicyMethodConfig
 from es_engine.methods.base import CallRunner
 from es_engine.methods.gradients import Gradient
-from es_engine.methods.rollouts import evaluate, figures, mean
+from es_engine.methods.rollouts import constant_rows, evaluate, figures, mean
 from es_engine.methods.updates import Updates
 from workers.chunks import Chunk, ChunkResult, Problem
 from workers.engine import CENTER, Completion, Sampling, Vector
@@ -117,7 +117,7 @@ def record(rollouts: Rollouts) -> dict[str, Any]:
         "prompts": [problem.example.id for problem in rollouts.problems],
         "rewards": [[None if np.isnan(value) else value for value in row] for row in rewards.tolist()],
         "reward_mean": mean(rewards.ravel()),
-        "constant_groups": int((np.ptp(np.nan_to_num(rewards), axis=1) == 0).sum()),
+        "constant_groups": constant_rows(rewards),
         **figures(rollouts.results),
     }
     kept["times"] |= {"rollouts": rollouts.done - rollouts.begun, "update": time.perf_counter() - rollouts.done}

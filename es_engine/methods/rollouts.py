@@ -144,6 +144,12 @@ def mean_components(results: Sequence[ChunkResult]) -> dict[str, float | None]:
     }
 
 
+def constant_rows(rewards: Array) -> int:
+    """How many rows of rewards hold no two that differ, those that are NaN left out: nothing is learned from them."""
+    highest, lowest = np.nanmax(rewards, axis=1, initial=-np.inf), np.nanmin(rewards, axis=1, initial=np.inf)
+    return int((highest <= lowest).sum())
+
+
 def mean(values: Array) -> float | None:
     """The mean of the numbers that are there; None where none is."""
     present = values[~np.isnan(values)]

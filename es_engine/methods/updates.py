@@ -19,7 +19,7 @@ from es_engine.methods.base import CallRunner
 from es_engine.methods.gradients import Gradient
 from workers.engine import Vector
 from workers.gradient import Loss
-from workers.samples import Sample
+from workers.samples import Sample, suitable_tokens
 
 GRADIENT_SLOTS = 2
 """Those of a method whose rollouts are the center's: its own, and the one beside it that the canary needs."""
@@ -37,12 +37,17 @@ class Updates:
     parameters: int
     adapted: int
 
+    def micro_batch_tokens(self, samples: Sequence[Sample]) -> int:
+        """How many tokens, padding included, the micro-batches may have that samples are cut into."""
+        size = self.config.micro_batch_tokens
+        return suitable_tokens(samples) if size == "auto" else size
+
     def gradient(
         self, pool: CallRunner, loss: Loss, samples: Sequence[Sample], theta: Any, version: int, *, together: int = 1
     ) -> Gradient:
         """The gradient of a loss over samples at theta (as the pool shares it), shortened where it is too long; its
         `norm`, before that, is among its metrics. `together` samples in a row stay in one micro-batch."""
-        size = self.config.micro_batch_tokens
+        size = self.micro_batch_tokens(samples)
         found = gradients.gradient(
             pool, loss, samples, theta, version, dim=self.dim, max_tokens=size, together=together
         )
@@ -58,7 +63,7 @@ class Updates:
         """Log-probabilities (T,) of each sample's completion tokens at theta, or by the base model where theta is None,
         and what they cost."""
         found = gradients.logprobs(
-            pool, samples, theta, version, max_tokens=self.config.micro_batch_tokens, temperature=temperature
+            pool, samples, theta, version, max_tokens=self.micro_batch_tokens(samples), temperature=temperature
         )
         parameters = self.parameters if theta is None else self.adapted
         return found.rows, costs_of(parameters, found.tokens, seconds=found.seconds)

@@ -20,11 +20,13 @@ class ChatFieldsConfig(ConfigModel):
 
 
 class ChatTaskConfig(SingleTurnTaskConfig):
-    """Chat: answer prompts of yours as a reward model likes it."""
+    """Chat: answer prompts of yours, scored by a reward model or by a verifier of yours."""
 
     makes: ClassVar[type[SingleTurnTask]] = Chat
 
-    kind: Literal["chat"] = Field(default="chat", description="Answer prompts as a reward model likes it.")
+    kind: Literal["chat"] = Field(
+        default="chat", description="Answer prompts as a reward model, or your verifier, likes it."
+    )
     data: Text = Field(description="File of prompts (JSON lines or a JSON list), or hub:owner/name@config:split.")
     heldout_data: Text | None = Field(
         default=None, description="Held-out prompts, as data; null: three in ten prompts of data are held out."
