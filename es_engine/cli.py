@@ -242,7 +242,7 @@ def report(
     png: Annotated[bool, typer.Option(help="Every plot as a PNG too, into a folder beside the page.")] = True,
 ) -> None:
     """Write one page on one run or many: curves, samples, configs."""
-    from es_engine.report import find_runs, group_runs, read_run, write_report
+    from es_engine.report import find_runs, group_runs, read_run, usual_title, write_report
     from es_engine.report.data import AXES
 
     if over is not None and over not in AXES:
@@ -253,7 +253,7 @@ def report(
     found = find_runs(runs)
     target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
     groups = group_runs([read_run(run) for run in found])
-    write_report(target, groups, title=", ".join(group.label for group in groups), over=over, pngs=png)
+    write_report(target, groups, title=usual_title(groups), over=over, pngs=png)
     _say(target)
 
 

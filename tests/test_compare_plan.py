@@ -146,3 +146,6 @@ def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:
     task = {"kind": "countdown", "template": "plain", "data": str(rows)}
     with pytest.raises(ValueError, match=r"tuning.problems: got 8, but held-out problem \d+, a validation problem, is"):
         check_splits(comparison_of(run={**SHARED, "task": task}))
+    rows.write_text("".join(f'{{"numbers": [{number}, 2], "target": {number + 2}}}\n' for number in range(1, 20)))
+    with pytest.raises(ValueError, match=r"run.evaluation.problems: got 16, but 12 of these held-out problems are the"):
+        check_splits(comparison_of(run={**SHARED, "task": task}, runs={"es": {}}))

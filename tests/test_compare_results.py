@@ -180,6 +180,20 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
     assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", None]
 
 
+def test_a_run_that_spends_nothing_of_the_budget_is_told_of(tmp_path: Path) -> None:
+    sft = {"method": {"kind": "sft"}, "budget": {"generations": 4}}
+    comparison = comparison_of(runs={"es": {}, "sft": sft})
+    for trial in pending(comparison, tmp_path):
+        costs = Costs(0, 500, 10**9, 2.0) if trial.run == "sft" else None
+        finish(trial, tmp_path, curve(trial), costs=costs)
+    summary = summarise(comparison, tmp_path)
+    text = tables(summary)[0].text
+    assert "after the step that reaches 4,000 generated tokens, sft also 4 steps." in text
+    assert "the budget of generated tokens. It is the final height of runs that spend none: sft." in text
+    figures = summary["runs"]["sft"]["figures"]
+    assert figures["accuracy_area"]["mean"] == pytest.approx(figures["accuracy_final"]["mean"])
+
+
 def test_one_seed_gives_means_alone(tmp_path: Path) -> None:
     summary = summarise(finished(tmp_path, seeds=[5]), tmp_path)
     assert summary["runs"]["es"]["figures"]["accuracy_final"]["low"] is None

@@ -69,6 +69,28 @@ def test_a_run_may_add_limits_to_the_shared_budget() -> None:
     assert refusal(runs={"sft": sft}).startswith("runs.sft.budget.tokens: got 4000, accepted is another limit")
 
 
+def test_a_run_of_short_steps_may_be_evaluated_after_more_of_them() -> None:
+    sft = {"method": {"kind": "sft"}, "optimizer": ADAM, "evaluation": {"every": 20}, "budget": {"generations": 99}}
+    comparison = comparison_of(runs={"es": {}, "sft": sft})
+    every = {run: comparison.final(run, {}, 1).evaluation.every for run in comparison.runs}
+    assert every == {"es": 2, "sft": 20}
+
+
+def test_the_stages_of_a_run_share_its_budget() -> None:
+    def staged(*stages: dict[str, Any]) -> dict[str, Any]:
+        return {"runs": {"es": {}, "both": {"optimizer": ADAM, "stages": list(stages)}}}
+
+    sft, es = {"method": {"kind": "sft"}}, {"method": {"kind": "es", "sigma": 0.5}}
+    short = {"budget": {"tokens": 1000}}
+    # What a stage leaves out is the budget of the whole run, and once more that of the next.
+    accepted = "accepted is limits of 4000 together at most, for each run has one budget"
+    assert refusal(**staged(es, es)) == f"runs.both.stages.budget.tokens: got [4000, 4000], {accepted}"
+    unlimited = {"budget": {"generations": 3}}
+    assert refusal(**staged(es | short, es | unlimited)).startswith("runs.both.stages.budget.tokens: got [1000, null]")
+    comparison = comparison_of(**staged(sft | unlimited, es | short, es | {"budget": {"tokens": 3000}}))
+    assert [each.budget.tokens for each in comparison.final("both", {}, 1).by_stage] == [None, 1000, 3000]
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -87,6 +109,10 @@ def test_a_run_may_add_limits_to_the_shared_budget() -> None:
         (
             {"runs": {"es": {}, "wide": {"space": {"rank": 4}}}},
             "runs.wide.space.rank: got 4, accepted is that of runs.es, 8, for one pool serves all",
+        ),
+        (
+            {"runs": {"es": {}, "few": {"evaluation": {"problems": 4}}}},
+            "runs.few.evaluation.problems: got 4, accepted is that of runs.es, 16, for one pool serves all",
         ),
         ({"seeds": [1, 1]}, "seeds: got [1, 1], accepted is seeds that differ"),
         ({"tuning": {"seed": 3}}, "tuning.seed: got 3, accepted is a seed that is not among seeds"),

@@ -271,8 +271,9 @@ def test_the_record_tells_the_generation() -> None:
     }
     assert {key: found.record[key] for key in expected} == expected
     assert found.record.keys() - expected.keys() == {"times"}
-    assert found.record["times"].keys() == {"generate", "rollouts", "update"}
-    assert found.record["times"]["generate"] == 1.0
+    assert found.record["times"].keys() == {"generate", "noise", "rollouts", "update"}
+    assert (found.record["times"]["generate"], found.record["times"]["noise"]) == (1.0, 0.5)
+    assert found.costs.worker_seconds == 1.5
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,9 @@ def test_closeness_to_a_teacher_is_that_of_every_members_own_completions(
     adapted = multiplying_parameters(random_llama) + found.space.adapter_parameters
     read = 2 * record["prompt_tokens"] + tokens  # by the teacher, who reads the prompt with each of two samples
     assert record["costs"].flops == 2 * (adapted * (record["prompt_tokens"] + tokens) + found.teacher.parameters * read)
+    worked = [record["times"][phase] for phase in ("slots", "generate", "score", "noise", "teacher")]
+    assert min(worked) > 0
+    assert sum(worked) == pytest.approx(record["costs"].worker_seconds)
 
 
 class OneToken:

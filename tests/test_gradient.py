@@ -469,17 +469,40 @@ def test_engine_and_gradients_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert evaluated() == ["engine.set_center", "engine.write_slots"]
     taken = ["engine.rest", "model.wake"]
-    assert asked("gradient", None, [], theta, 4) == [*taken, "model.set_theta", "model.gradient"]
+    loaded = ["engine.rest", *taken]
+    assert asked("gradient", None, [], theta, 4) == [*loaded, "model.set_theta", "model.gradient"]
     assert asked("gradient", None, [], theta, 4) == [*taken, "model.gradient"]
     assert asked("logprobs", [], None, 5) == [*taken, "model.logprobs"]
     assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
     assert evaluated() == ["model.rest", "engine.wake", "engine.write_slots"]
     assert asked("release_gradients") == ["model.rest", "engine.wake"]
     assert evaluated() == ["engine.write_slots"]
-    assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
+    assert asked("gradient", None, [], theta, 5) == [*loaded, "model.set_theta", "model.gradient"]
     # Another run: slots are written, which on a GPU must be in its memory then.
     monkeypatch.setattr(actor, "_noise_cache_bytes", lambda _: 0)
     worker._setup = SimpleNamespace(config=SimpleNamespace(task=None, seed=1), space=None)
     assert asked("assign", worker._setup) == ["model.rest", "engine.wake", "engine.assign"]
-    assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
+    assert asked("gradient", None, [], theta, 5) == [*loaded, "model.set_theta", "model.gradient"]
     assert evaluated() == ["model.rest", "engine.wake", "engine.set_center", "engine.write_slots"]
+
+
+def test_loading_the_model_costs_a_run_no_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of a comparison has workers load it anew: methods without gradients would have more of the budget."""
+    now = 0.0
+    monkeypatch.setattr(actor, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def load(*_: object) -> Recorder:
+        nonlocal now
+        now += 60.0
+        return Recorder("model", [])
+
+    monkeypatch.setattr(actor, "build_gradient_model", load)
+    worker: Any = actor.Worker(Any, 0, None)  # type: ignore[arg-type]
+    worker._engine, worker._model = Recorder("engine", []), None
+    theta = np.zeros(1, np.float32)
+    assert worker.gradient(None, [], theta, 0).seconds == 0
+    worker.release_gradients()
+    assert worker.logprobs([], theta, 0)[1] == 0
+    worker.release_gradients()
+    assert worker.teacher_logprobs([])[1] == 0
+    assert now == 3 * 60

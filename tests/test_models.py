@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -321,6 +323,18 @@ def test_a_fingerprint_is_of_the_content(tiny: Path, tmp_path: Path) -> None:
     other_weights = fingerprint(copy)
     shutil.copy(tiny / "model.safetensors", copy / "more.safetensors")
     assert len({fingerprint(tiny), other_config, other_weights, fingerprint(copy)}) == 4
+
+
+def test_a_file_that_has_not_changed_is_hashed_once(tiny: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    with patch.object(hashlib, "file_digest", wraps=hashlib.file_digest) as digest:
+        first = fingerprint(copy)
+        hashed = digest.call_count
+        assert fingerprint(copy) == first
+        assert digest.call_count == hashed == 2
+        (copy / "config.json").write_text((tiny / "config.json").read_text() + "\n")
+        assert fingerprint(copy) != first
+        assert digest.call_count == hashed + 1
 
 
 @pytest.mark.parametrize("model", ["tiny", "qwen"])

@@ -25,7 +25,7 @@ from es_engine.config import dump_config
 from es_engine.report import RunGroup, Table, find_runs, group_runs, read_run
 from es_engine.report.curves import Series, curve, mean_over, thin
 from es_engine.report.data import RunReader, population, step_figures
-from es_engine.report.page import config_differences, content, embedded, page, summary
+from es_engine.report.page import config_differences, content, embedded, page, summary, usual_title
 from es_engine.report.plots import Plot, plots
 from es_engine.report.png import write_pngs
 from es_engine.report.samples import samples
@@ -141,6 +141,11 @@ def test_members_are_compared_by_the_fitness_of_the_method_where_it_is_not_the_r
     assert step_figures(line)["population/median"] == -2
 
 
+def test_a_rollout_of_which_all_parts_failed_is_one_without_a_score() -> None:
+    line = step_line("es", 0, random.Random(0)) | {"failures": {"one": {"timeout": 32}, "other": {"timeout": 8}}}
+    assert step_figures(line)["unscored"] == 1
+
+
 def test_a_run_of_stages_is_called_by_all_of_them(runs: Path) -> None:
     stages = [{"method": {"kind": "sft"}}, {"method": {"kind": "es", "fitness": "teacher"}}]
     run = replace(read_run(runs / "sft"), config={"stages": stages})
@@ -173,6 +178,8 @@ def test_seeds_whose_folders_say_nothing_else_are_called_by_their_method(tmp_pat
 def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
     one, other = (replace(read_run(runs / f"es-seed{seed}"), name="run") for seed in range(2))
     assert RunGroup("ES", (one, other)).run_labels == ("ES, seed 0", "ES, seed 1")
+    assert RunGroup("ES", (one, replace(one, name="copy"))).run_labels == ("ES, run", "ES, copy")
+    assert RunGroup("ES", (one, one)).run_labels == ("ES, run 1", "ES, run 2")
     assert [group.label for group in group_runs([one, read_run(runs / "grpo-seed0"), replace(one, config={})])] == [
         "run",
         "grpo-seed0",
@@ -242,6 +249,15 @@ def test_samples_that_do_not_fit_are_left_out_evenly_and_counted(tmp_path: Path)
     assert len(json.dumps(few)) < 60_000
 
 
+def test_a_completion_that_alone_takes_more_than_the_room_is_kept(tmp_path: Path) -> None:
+    """Of two evaluations, all that a trial of a comparison's grid has, there are none between them to leave out."""
+    completions = ["x" * 5000, *["y"] * 19]
+    run = read_run(write_run(tmp_path / "run", steps=20, every=20, problems=20, completions=completions))
+    few = samples(group_runs([run]), room=6_000)["runs"][0]["steps"]
+    assert 0 < len(few["0"]) == len(few["20"]) < 20
+    assert few["0"][0]["completion"] == completions[0]
+
+
 def test_a_very_long_completion_is_shortened_in_its_middle(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", problems=1, completions=["(" * 500_000 + ")"]))
     (row,) = samples(group_runs([run]))["runs"][0]["steps"]["0"]
@@ -288,6 +304,22 @@ def test_plots_are_pngs_too(runs: Path, tmp_path: Path) -> None:
     written = write_pngs(tmp_path / "plots", [held_out, time], "flops")
     assert [path.name for path in written] == ["held-out-accuracy.png", "held-out-reward.png", "time.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_plots_of_long_names_that_begin_alike_are_all_kept(runs: Path, tmp_path: Path) -> None:
+    group = RunGroup("x" * 60, tuple(read_run(runs / f"es-seed{seed}") for seed in range(2)))
+    (population,) = (plot for plot in plots([group]) if plot.name == "population")
+    written = write_pngs(tmp_path, [population], "steps")
+    name = f"population-{'x' * 50}"
+    assert [path.name for path in written] == [f"{name}.png", f"{name}-2.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+
+
+def test_the_title_of_many_runs_names_the_first_and_counts_the_others(runs: Path) -> None:
+    run = read_run(runs / "sft")
+    groups = [RunGroup(f"run{number}", (run,)) for number in range(9)]
+    assert usual_title(groups[:2]) == "run0, run1"
+    assert usual_title(groups) == "run0, run1, run2, run3, run4, run5 and 3 more"
 
 
 def test_the_command_writes_one_page_on_many_runs(runs: Path, tmp_path: Path) -> None:

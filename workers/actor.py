@@ -161,6 +161,7 @@ class Worker:
 
     def gradient(self, loss: Loss, samples: Sequence[Sample], theta: Vector, version: int) -> PartialGradient:
         """The gradient of a loss over a micro-batch at theta, shape (D,), which `version` names."""
+        self._load_gradients()
         started = time.perf_counter()
         found = self._gradients_at(theta, version).gradient(loss, samples)
         found.seconds = time.perf_counter() - started
@@ -171,6 +172,7 @@ class Worker:
     ) -> tuple[list[Vector], float]:
         """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model. And the
         seconds that it took."""
+        self._load_gradients()
         started = time.perf_counter()
         of: Speaker = "base" if theta is None else "theta"
         rows = self._gradients_at(theta, version).logprobs(samples, temperature, of)
@@ -178,6 +180,7 @@ class Worker:
 
     def teacher_logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> tuple[list[Vector], float]:
         """Log-probabilities of samples' completion tokens by the teacher, and the seconds that it took."""
+        self._load_gradients()
         started = time.perf_counter()
         rows = self._gradients_at(None, -1).logprobs(samples, temperature, "teacher")
         return rows, time.perf_counter() - started
@@ -199,16 +202,23 @@ class Worker:
     def _described(self, canary: CanaryReport | None = None) -> dict[str, Any]:
         return {"index": self._index, "pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "canary": canary}
 
+    def _load_gradients(self) -> GradientModel:
+        """The model that gradients are taken with. It is loaded before a call's seconds are counted: like the start of
+        the engine, that is no part of a step."""
+        if self._gradients is None:
+            self._engine.rest()
+            self._gradients = build_gradient_model(self._setup, self._model)
+        return self._gradients
+
     def _gradients_at(self, theta: Vector | None, version: int) -> GradientModel:
         """The model that gradients are taken with, wearing theta; None leaves what it wears."""
+        model = self._load_gradients()
         self._engine.rest()
-        if self._gradients is None:
-            self._gradients = build_gradient_model(self._setup, self._model)
-        self._gradients.wake()
+        model.wake()
         if theta is not None and version != self._gradients_version:
-            self._gradients.set_theta(theta)
+            model.set_theta(theta)
             self._gradients_version = version
-        return self._gradients
+        return model
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
         if batch[0].reference is not None:

@@ -30,6 +30,8 @@ Stage = Literal["absent", "begun", "trained", "finished"]
 
 MEASURES_FILE = "measures.json"
 CONFIG_FILE = "comparison.yaml"
+MOST_REPEATED = 0.05
+"""The share of test problems that may be the same as others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +182,29 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
 
 
 def check_splits(comparison: ComparisonConfig) -> None:
-    """Raises ValueError where a validation problem would also be a test problem, as with a task of too few held-out
-    ones."""
-    if not comparison.tunes:
-        return
+    """Raises ValueError for a task of too few held-out problems: where test problems would come again and again, or a
+    validation problem would also be a test problem."""
     run = next(iter(comparison.runs))
     trial, final = comparison.trial(run, 1), comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
-    _refuse_shared(trial.task.build(), final.evaluation.numbers, trial.evaluation.numbers)
+    task = trial.task.build()
+    _refuse_repeated(task, final.evaluation.numbers)
+    if comparison.tunes:
+        _refuse_shared(task, final.evaluation.numbers, trial.evaluation.numbers)
+
+
+def _refuse_repeated(task: Task, test: range) -> None:
+    """Each problem counts as one of its own in intervals and tests; a few that came twice by chance do no harm."""
+    known: set[object] = set()
+    repeated = 0
+    for number in test:
+        identities = set(_identities(task.example("heldout", number)))
+        repeated += not identities.isdisjoint(known)
+        known |= identities
+    if repeated > MOST_REPEATED * len(test):
+        raise ValueError(
+            f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems are the same as "
+            "others: the task has too few, and intervals would be too narrow"
+        )
 
 
 def _refuse_shared(task: Task, test: range, validation: range) -> None:

@@ -13,7 +13,7 @@ remainder e,
 but at least the larger of the first two. Its quantile is that of Cochran and Cox (Experimental Designs, 1957; Cochran,
 Biometrics 1964): Student's t with S - 1 degrees of freedom and with P - 1, averaged with the weights of their parts of
 V. It is a little wide where seeds hardly differ, and covers where they do, which the percentiles of a bootstrap of
-three seeds do not. A difference of two runs is paired over problems and not over seeds, which have nothing in common
+three seeds do not. A difference of two runs is paired over problems and not over seeds, which have little in common
 from one method to another; their seeds' parts are added with Welch's degrees of freedom.
 """
 

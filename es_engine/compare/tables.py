@@ -50,10 +50,10 @@ def _with_rows(*made: Table) -> list[Table]:
 def _scores(summary: Data, score: str) -> Table:
     seeds, problems = len(summary["seeds"]), summary["problems"]
     text = (
-        f"Held-out {problems} problems, {_count(seeds, 'seed')}; each run ends at {_budget(summary['budget'])}. In "
-        "brackets are 95% intervals over seeds and problems. Best is the evaluation with the highest reward, chosen on "
-        f"these same problems and so too good; area is the mean over the budget of {NAMES[summary['measure']]}."
-        f"{_diverged(summary)}"
+        f"{problems} held-out problems, {_count(seeds, 'seed')}; each run ends after the step that reaches "
+        f"{_limits(summary)}. In brackets are 95% intervals over seeds and problems. Best is the evaluation with the "
+        "highest reward, chosen on these same problems and so too good, the more so the more evaluations there were; "
+        f"area is the mean over the budget of {NAMES[summary['measure']]}.{_level(summary)}{_diverged(summary)}"
     )
     columns = {f"{score}_{when}": when for when in ("before", "final", "best", "area")}
     return _of_runs(summary, f"Held-out {score}", text, columns if _has(summary, f"{score}_final") else {})
@@ -103,12 +103,9 @@ def _pairs(summary: Data) -> Table:
 
 
 def _spent(summary: Data) -> Table:
-    own = [
-        f"{run} also at {_budget(data['own_budget'])}" for run, data in summary["runs"].items() if data["own_budget"]
-    ]
     text = (
-        f"Each run ends after the step that reaches {', '.join([_budget(summary['budget']), *own])}. What its "
-        "steps spent in all measures, evaluations and tuning apart, and how long they took; means over seeds."
+        f"Each run ends after the step that reaches {_limits(summary)}. What its steps spent in all measures, "
+        "evaluations and tuning apart, and how long they took; means over seeds."
         f"{_diverged(summary)}"
     )
     rows: list[list[Cell]] = [
@@ -120,6 +117,18 @@ def _spent(summary: Data) -> Table:
         for run, data in summary["runs"].items()
     ]
     return Table("What the runs spent", text, ["run", *NAMES.values(), "wall time"], rows)
+
+
+def _limits(summary: Data) -> str:
+    """Where runs end."""
+    own = [f"{run} also {_budget(data['own_budget'])}" for run, data in summary["runs"].items() if data["own_budget"]]
+    return ", ".join([_budget(summary["budget"]), *own])
+
+
+def _level(summary: Data) -> str:
+    """A sentence about the runs whose area says nothing of how they came to their ends; nothing where there is none."""
+    found = [run for run, data in summary["runs"].items() if data["spent"][summary["measure"]]["most"] == 0]
+    return f" It is the final height of runs that spend none: {', '.join(found)}." if found else ""
 
 
 def _diverged(summary: Data) -> str:
@@ -214,7 +223,7 @@ def _grids(summary: Data) -> list[Table]:
             ]
             for trial in trials
         ]
-        made.append(Table(f"Grid: {run}", text, ["trial", *settings, "reward", "accuracy", ""], rows))
+        made.append(Table(f"Grid: {run}", text, ["trial", *settings, "reward", "accuracy", "outcome"], rows))
     return made
 
 

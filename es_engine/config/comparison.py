@@ -36,7 +36,7 @@ from es_engine.config.loading import (
     with_absolute_paths,
 )
 from es_engine.config.model import TinyModelConfig
-from es_engine.config.root import Config, Name
+from es_engine.config.root import Config, Name, generates
 from es_engine.config.tasks import TaskConfig
 from rewards.trees import flat
 
@@ -46,7 +46,9 @@ Setting = dict[str, Any]
 OUTSIDE = ("name", "seed", "budget")
 """What a comparison gives its runs itself."""
 SHARED = ("model", "task", "pool", "engine", "evaluation", "space.rank", "space.targets")
-"""What one pool serves all runs with."""
+"""What one pool serves all runs with, and what they are measured by."""
+OWN = ("evaluation.every",)
+"""Of what is shared, what each run may have of its own: a step of one method may cost many of another."""
 LAST_STEP_ONLY = 10**9
 """As `evaluation.every`: an evaluation at the start and one at the end."""
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -190,6 +192,7 @@ class ComparisonConfig(ConfigModel):
             for path, value, expected in _differences(config, reference):
                 accepted = f"that of runs.{first}, {in_yaml(expected)}, for one pool serves all"
                 raise problem(f"runs.{run}.{path}", value, accepted)
+            self._check_stages(run, config)
         for name, task in self.other_tasks.items():
             try:
                 on_other_task(reference, task)
@@ -197,6 +200,16 @@ class ComparisonConfig(ConfigModel):
                 lines = (line.removeprefix("task.") for line in str(error).splitlines())
                 raise ConfigError("\n".join(f"other_tasks.{name}.{line}" for line in lines)) from error
         return self
+
+    def _check_stages(self, run: str, config: Config) -> None:
+        """Raises ValueError where the stages of a run, each of which has a budget, may spend more than others may."""
+        shared = self.budget.model_dump(exclude_none=True) if config.stages else {}
+        for limit, most in shared.items():
+            spending = [each for each in config.by_stage if limit != "tokens" or generates(each.method)]
+            given = [getattr(each.budget, limit) for each in spending]
+            if None in given or sum(given) > most:
+                accepted = f"limits of {in_yaml(most)} together at most, for each run has one budget"
+                raise problem(f"runs.{run}.stages.budget.{limit}", given, accepted)
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
@@ -290,5 +303,5 @@ def _differences(config: Config, reference: Config) -> Iterator[tuple[str, Any, 
     mine, theirs = (dict(flat(each.model_dump(mode="json"))) for each in (config, reference))
     for path in chain(mine, theirs):
         shared = any(path == field or path.startswith(f"{field}.") for field in SHARED)
-        if shared and mine.get(path) != theirs.get(path):
+        if shared and path not in OWN and mine.get(path) != theirs.get(path):
             yield path, mine.get(path), theirs.get(path)

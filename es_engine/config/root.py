@@ -145,15 +145,20 @@ def _check_gradients(config: Config) -> None:
         raise problem("pool.tensor_parallel", config.pool.tensor_parallel, f"1 while {source}")
 
 
-def _check_budget(config: Config) -> None:
-    """Raises ValueError where a method spends nothing of what its budget limits."""
-    method, others = config.method, config.budget.model_dump(exclude={"tokens"}).values()
+def generates(method: MethodConfig) -> bool:
+    """Does a method have the model say anything?"""
     silent = {
         "es": isinstance(method, EsMethodConfig) and method.fitness == "references",
         "sft": True,
         "dpo": isinstance(method, DpoMethodConfig) and method.data is not None,
     }
-    if silent.get(method.kind, False) and all(limit is None for limit in others):
+    return not silent.get(method.kind, False)
+
+
+def _check_budget(config: Config) -> None:
+    """Raises ValueError where a method spends nothing of what its budget limits."""
+    method, others = config.method, config.budget.model_dump(exclude={"tokens"}).values()
+    if not generates(method) and all(limit is None for limit in others):
         source = f"{method.kind} with fitness references" if method.kind == "es" else method.kind
         accepted = f"another limit beside it, for {source} generates no tokens"
         raise problem(f"{config.place}budget.tokens", config.budget.tokens, accepted)

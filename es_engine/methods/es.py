@@ -114,10 +114,10 @@ class EvolutionStrategies:
         if given_up := [place for place, result in enumerate(measured.results) if result.absent]:
             record["absent"] = given_up
         workers = [result.worker for result in measured.results]
-        costs = measured.costs
+        summed = Costs()
 
         def noise_sums(jobs: Sequence[tuple[Chunk, list[float]]]) -> Iterator[Vector]:
-            nonlocal costs
+            nonlocal summed
             calls = [
                 Call(
                     f"the noise of {chunk}",
@@ -131,14 +131,17 @@ class EvolutionStrategies:
             ]
             for first in range(0, len(calls), SUMS_AT_A_TIME):
                 for part in pool.run(calls[first : first + SUMS_AT_A_TIME]):
-                    costs += part.costs
+                    summed += part.costs
                     yield part.vector
 
         direction = self._combine(chunks, record, sigma, noise_sums)
-        record["times"]["rollouts"] = evaluated - started
-        record["times"]["update"] = time.perf_counter() - evaluated
+        record["times"] |= {
+            "noise": summed.worker_seconds,
+            "rollouts": evaluated - started,
+            "update": time.perf_counter() - evaluated,
+        }
         record["workers"] = workers
-        return Estimate(direction, record, costs)
+        return Estimate(direction, record, measured.costs + summed)
 
     def replay(self, record: dict[str, Any], noise_sum: NoiseSum) -> Vector | None:
         """The direction of a recorded generation, bit for bit, from the noise alone. Raises ValueError for a record of

@@ -123,6 +123,7 @@ class TeacherFitness:
         fitness = mean_of_samples(-sums.reshape(*rewards.shape, -1)) * there.sum() / max(1, tokens)
         learning = {"reverse_kl": float(sums[there].sum()) / tokens if tokens else None}
         record = _reward_record(rewards) | figures(results) | {"fitness": _rows(fitness), "learning": learning}
+        record["times"]["teacher"] = costs.worker_seconds
         return Measured(fitness, results, record, total_costs(results) + costs)
 
     def _log_ratios(

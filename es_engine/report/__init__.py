@@ -2,7 +2,7 @@
 on."""
 
 from es_engine.report.data import RunData, RunGroup, find_runs, group_runs, read_run
-from es_engine.report.page import Cell, Table, write_report, write_run_report
+from es_engine.report.page import Cell, Table, usual_title, write_report, write_run_report
 
 __all__ = [
     "Cell",
@@ -12,6 +12,7 @@ __all__ = [
     "find_runs",
     "group_runs",
     "read_run",
+    "usual_title",
     "write_report",
     "write_run_report",
 ]

@@ -90,10 +90,11 @@ class RunGroup:
         """How each run is called where runs are shown one by one."""
         if len(self.runs) == 1:
             return (self.label,)
-        seeds = [run.seed for run in self.runs]
-        if len(set(seeds)) == len(seeds):
-            return tuple(f"{self.label}, seed {seed}" for seed in seeds)
-        return tuple(f"{self.label}, {run.name}" for run in self.runs)
+        seeds = [f"seed {run.seed}" for run in self.runs]
+        names = [run.name for run in self.runs]
+        numbers = [f"run {number}" for number, _ in enumerate(self.runs, start=1)]
+        told = next(each for each in (seeds, names, numbers) if len(set(each)) == len(each))
+        return tuple(f"{self.label}, {each}" for each in told)
 
 
 class RunReader:
@@ -189,7 +190,7 @@ def step_figures(line: Line) -> dict[str, float]:
         named["length"] = line["tokens"] / rollouts
         named["truncated"] = line["truncated"] / rollouts
         named["looped"] = line["looped"] / rollouts
-        named["unscored"] = sum(_failures(line).values()) / rollouts
+        named["unscored"] = min(1.0, sum(_failures(line).values()) / rollouts)  # parts of a sum fail one by one
     if line.get("rewards"):
         constant = line.get("constant_members", line.get("constant_groups"))
         named["constant"] = None if constant is None else constant / len(line["rewards"])

@@ -499,9 +499,18 @@
     tables.forEach((table, number_) => showTable(place.children[number_].lastElementChild, table));
   }
 
+  /** Only where they have changed, since they are read aloud. */
+  function showProblems() {
+    const place = byId("problems");
+    const text = data.problems.join("\n");
+    if (place.dataset.text === text) return;
+    place.dataset.text = text;
+    place.replaceChildren(...data.problems.map((problem) => el("p", {}, visible(problem))));
+  }
+
   function show() {
     byId("subtitle").textContent = data.subtitle;
-    byId("problems").replaceChildren(...data.problems.map((problem) => el("p", {}, visible(problem))));
+    showProblems();
     showTable(byId("summary"), data.summary);
     showTables(byId("tables"), data.tables);
     showControls();

@@ -30,6 +30,9 @@ Cell = str | float | None
 DIGITS = 5
 """Significant digits of the numbers that are drawn."""
 
+MOST_NAMED = 6
+"""Groups that a title names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -146,6 +149,12 @@ def usual_axis(groups: Sequence[RunGroup]) -> str:
     return "generated" if all(run.spent["generated"][-1] > 0 for run in done) else "processed"
 
 
+def usual_title(groups: Sequence[RunGroup]) -> str:
+    """What a page is called that nobody gave a title: by its first groups."""
+    labels, others = [group.label for group in groups[:MOST_NAMED]], len(groups) - MOST_NAMED
+    return ", ".join(labels) + (f" and {others} more" if others > 0 else "")
+
+
 def summary(groups: Sequence[RunGroup]) -> Table:
     """A line for each group: where it began, where it is, and what that cost; means over its seeds."""
     columns = ["Run", "Method", "Seeds", "Steps", "Accuracy", "Reward", *(AXES[measure] for measure in MEASURES)]
@@ -168,7 +177,8 @@ def summary(groups: Sequence[RunGroup]) -> Table:
     return Table(
         "Summary",
         "Accuracy and reward of the center on held-out problems, before the first step and at the last evaluation; and "
-        "what the steps spent, evaluations apart. With several seeds, their means.",
+        "what the steps spent, evaluations apart. With several seeds, their means; rollouts without a score are those "
+        "of all of them.",
         columns,
         rows,
     )

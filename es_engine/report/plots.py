@@ -57,8 +57,8 @@ def _held_out(groups: Sequence[RunGroup]) -> Plot:
         "held-out",
         "Held-out evaluation",
         "The center on held-out problems, before the first step and on the way. The band of a single run is the 95% "
-        "interval over problems; that of several seeds runs from the lowest to the highest. A run that spends nothing "
-        "of the budget stands upright at 0.",
+        "interval over problems; that of several seeds runs from the lowest to the highest, as far as all of them have "
+        "come. A run that spends nothing of the budget stands upright at 0.",
         _variants(
             _evaluated(groups, "accuracy", "accuracy", "Held-out accuracy", share=True),
             _evaluated(groups, "reward", "reward", "Held-out reward"),
@@ -121,8 +121,8 @@ def _learning(groups: Sequence[RunGroup]) -> Plot:
         "learning",
         "Learning signal",
         "What a step has to learn from. Spread is the standard deviation of fitness over ES members; constant is the "
-        "share of members, or of a prompt's completions, whose rewards are all equal and say nothing; the others are "
-        "what a gradient method reports of its loss.",
+        "share of members, or of prompts' groups of completions, whose rewards are all equal and say nothing; all "
+        "others are what a gradient method reports of its loss.",
         _variants(
             _stepwise(groups, "fitness spread", "spread", "Fitness spread"),
             _stepwise(groups, "constant share", "constant", "Constant share", share=True),
@@ -180,8 +180,8 @@ def _times(groups: Sequence[RunGroup]) -> list[Bars]:
             groups,
             "worker-time",
             "Time of the workers",
-            "Seconds of a run's steps by what workers did, added over workers; phases overlap where scoring goes on "
-            "during generation.",
+            "Seconds of a run's steps by what workers did, added over workers: its worker seconds. Of scoring that is "
+            "what was waited for when generation was over.",
             workers,
         ),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,15 @@ LONGEST_NAME = 50  # characters, of up to four bytes each
 def write_pngs(folder: Path, plots: Sequence[Plot | Bars], over: str) -> list[Path]:
     """Draw every figure of every plot over an axis into a folder; the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for plot in plots:
         if isinstance(plot, Bars):
-            written.append(_save(folder / f"{plot.name}.png", plot.title, partial(_bars, plot)))
+            written.append(_save(_free(folder / f"{plot.name}.png", written), plot.title, partial(_bars, plot)))
             continue
         for variant in plot.variants:
             name = plot.name if len(plot.variants) == 1 else f"{plot.name}-{_plain(variant.name)}"
             title = plot.title if len(plot.variants) == 1 else f"{plot.title}: {variant.name}"
-            written.append(_save(folder / f"{name}.png", title, partial(_curves, variant, over)))
+            written.append(_save(_free(folder / f"{name}.png", written), title, partial(_curves, variant, over)))
     return written
 
 
@@ -84,6 +85,12 @@ def _save(path: Path, title: str, draw: Callable[[Axes], None]) -> Path:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
     return path
+
+
+def _free(path: Path, taken: Sequence[Path]) -> Path:
+    """The path, or one with a number where that is taken: long names may begin alike."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(each for each in chain([path], numbered) if each not in taken)
 
 
 def _literal(text: str) -> str:

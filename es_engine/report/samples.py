@@ -122,8 +122,9 @@ def _size(tables: Iterable[Rows]) -> int:
 
 
 def _fitting(room: int, size: int, count: int) -> int:
-    """How many of `count` things of this size together fit."""
-    return count if size <= room else count * max(0, room) // size
+    """How many of `count` things of this size together fit; `room` may be used up, and more."""
+    room = max(0, room)
+    return count if size <= room else count * room // size
 
 
 def _evenly(count: int, chosen: int) -> list[int]:

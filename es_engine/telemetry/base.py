@@ -31,7 +31,7 @@ class GenerationLine(TypedDict):
     seconds: float
     seconds_rollouts: float
     seconds_update: float
-    times: Mapping[str, float]  # seconds of work by its kind (slots, generate, score, learn), added over workers
+    times: Mapping[str, float]  # seconds of work by its kind (slots, generate, ...), added over workers
     sigma: float | None
     lr: float
     theta_rms: float

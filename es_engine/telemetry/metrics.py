@@ -52,7 +52,10 @@ METRICS = (
     _gauge("generation_seconds", "Duration of the last generation."),
     _counter("phase_seconds_total", "The run's time: rollouts, update, evaluation, and other.", "phase"),
     _counter(
-        "worker_seconds_total", "The workers' time, added up, by work: slots, generate, score, learn.", "split", "phase"
+        "worker_seconds_total",
+        "The workers' time, added up, by work: slots, generate, score, learn, noise, teacher.",
+        "split",
+        "phase",
     ),
     _gauge("workers", "Workers that are busy, idle or starting now.", "state"),
     _counter("worker_restarts_total", "Workers replaced after they died or hung."),
