@@ -151,23 +151,44 @@ def draw(
             axes.set_xticks(places, [f"{place:g}" for place in places])
 
 
+def draw_panels(file: Path, title: str, x: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw each named list of points (x, y) as a line in a panel of its own, one below the other, into a PNG."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(len(lines), figsize=(8, 1.6 * len(lines)), sharex=True, layout="constrained")
+    for axes, (name, points) in zip(panels, lines.items(), strict=True):
+        axes.plot(*zip(*points, strict=True))
+        axes.set(ylabel=name, ylim=(0, 1.2 * max(y for _, y in points)))
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel(x)
+    figure.suptitle(title)
+    _save(figure, file)
+
+
 @contextmanager
 def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Any]:
     """The axes of a figure that is written to `file` in the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
     yield axes
     axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    _save(figure, file)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    _pyplot().close(figure)
 
 
 def _text(value: Any) -> str:

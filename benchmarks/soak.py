@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
-from harness import Row, draw, options, report
+from harness import Row, draw_panels, options, report
 
 from es_engine import load_config, train
 from es_engine.ledger import Ledger, LedgerReader
@@ -52,7 +52,7 @@ def main() -> None:
     report(f"{generations} generations, {kills} workers killed, {restarts} replaced", rows, given)
     if given.plot is not None:
         lines = {name: [(each["generation"], each[name]) for each in samples] for name in BOUNDS}
-        draw(given.plot, f"A run with a worker killed every {every:g} s", "generation", "", lines)
+        draw_panels(given.plot, f"A run with a worker killed every {every:g} s", "generation", lines)
 
 
 def soak(generations: int, every: float) -> tuple[list[Row], int, int]:
