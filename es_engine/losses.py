@@ -33,19 +33,6 @@ class Loss(NamedTuple):
     sums: dict[str, Tensor]
 
 
-def selected_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the given tokens: (S, T, V) and ids (S, T) to (S, T), at least in float32.
-
-    The softmax exists for one sequence at a time, when gradients are taken too.
-    """
-
-    def of_one(row: Tensor, chosen: Tensor) -> Tensor:
-        scaled = _at_least_float32(row) / temperature
-        return scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
-
-    return _OneSequenceAtATime.apply(of_one, logits, ids)
-
-
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """The log-probability of every completion, (S, T) to (S,): what `dpo_loss` takes."""
     return _inside(logprobs, mask).sum(-1)
@@ -213,13 +200,13 @@ def opd_exact_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor,
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(student || teacher) over the vocabulary: logits or log-probabilities (S, T, V) to (S, T), at least in float32.
+    """KL(student || teacher) over the vocabulary: logits or log-probabilities (S, T, V) to (S, T).
 
     Its gradient is the student's alone. The softmax exists for one sequence at a time, when gradients are taken too.
     """
 
     def of_one(student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = (_at_least_float32(x).log_softmax(-1) for x in (student, teacher))
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         return (student.exp() * (student - teacher)).sum(-1)
 
     return _OneSequenceAtATime.apply(of_one, student_logits, teacher_logits)
@@ -267,10 +254,6 @@ def _inside(values: Tensor, mask: Tensor) -> Tensor:
 def _token_sums(mask: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over the tokens of the mask; what is (S, 1) counts for each token of its sequence."""
     return {"tokens": mask.sum(), **{name: (metric.detach() * mask).sum() for name, metric in metrics.items()}}
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class _OneSequenceAtATime(torch.autograd.Function):

@@ -35,7 +35,7 @@ class Weighted:
 
 def reverse_kl(outputs: Outputs, batch: Batch) -> Result:
     """The exact divergence KL(model | base), summed over the completion tokens."""
-    mine, theirs = outputs.log_softmax(), outputs.base.log_softmax()
+    mine, theirs = (each.logits().log_softmax(-1) for each in (outputs, outputs.base))
     divergence = batch.spread((mine.exp() * (mine - theirs)).sum(-1))
     return divergence.sum(), {"divergence": divergence.detach().sum()}
 

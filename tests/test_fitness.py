@@ -183,7 +183,7 @@ class OneToken:
         outcomes = []
         for slot, member in enumerate(chunk.members):
             self.model.set_theta(self.perturber.theta(chunk.generation, chunk.sigma, member))
-            rows = Outputs(self.model, asked).log_softmax().detach().double().numpy()
+            rows = Outputs(self.model, asked).logits().log_softmax(-1).detach().double().numpy()
             for place, row in enumerate(rows):
                 count = chunk.sampling.samples
                 drawn = (np.arange(count) + np.random.default_rng([chunk.generation, place]).random(count)) / count
@@ -197,7 +197,7 @@ class OneToken:
     def teacher_logprobs(self, samples: Sequence[Sample], temperature: float) -> tuple[list[Vector], float]:
         prompts = {sample.prompt_ids: place for place, sample in enumerate(samples)}  # one sample of each
         asked = collate([samples[place] for place in prompts.values()])
-        rows = dict(zip(prompts, Outputs(self.model, asked, "teacher").log_softmax().numpy(), strict=True))
+        rows = dict(zip(prompts, Outputs(self.model, asked, "teacher").logits().log_softmax(-1).numpy(), strict=True))
         return [rows[sample.prompt_ids][list(sample.completion_ids)] for sample in samples], 0.0
 
     def noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> WeightedNoise:

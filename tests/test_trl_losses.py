@@ -25,11 +25,11 @@ from es_engine.losses import (
     dpo_loss,
     policy_loss,
     policy_normaliser,
-    selected_logprobs,
     sequence_logprobs,
     sft_loss,
     truncated_importance,
 )
+from workers.gradient import token_logprobs
 
 with pytest.MonkeyPatch.context() as patch:
     # TRL imports vLLM when it finds it, which takes a minute and is for generation alone.
@@ -177,7 +177,7 @@ def rollouts(seed: int) -> Rollouts:
 
 def of_completion(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of completions behind a prompt: the logits of a place are of the token after it."""
-    return selected_logprobs(logits[:, PROMPT - 1 : -1], ids, temperature)
+    return token_logprobs(logits[:, PROMPT - 1 : -1] / temperature, ids)
 
 
 def scored_by_trl(trainer: Any, made: Rollouts) -> dict[str, Tensor]:
@@ -331,7 +331,7 @@ def test_dpo_is_trls(seed: int) -> None:
     chosen, rejected, reference_chosen, reference_rejected = (
         half
         for of in (ours, reference)
-        for half in sequence_logprobs(selected_logprobs(of[:, :-1], ids[:, 1:]), mask[:, 1:]).chunk(2)
+        for half in sequence_logprobs(token_logprobs(of[:, :-1], ids[:, 1:]), mask[:, 1:]).chunk(2)
     )
     found = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1, normaliser=ROWS // 2)
     found.value.backward()
@@ -358,7 +358,7 @@ def test_sft_is_trls(seed: int) -> None:
     expected.backward()
 
     ours = logits.clone().requires_grad_()
-    found = sft_loss(selected_logprobs(ours[:, :-1], ids[:, 1:]), mask[:, 1:], normaliser=max(tokens, 1))
+    found = sft_loss(token_logprobs(ours[:, :-1], ids[:, 1:]), mask[:, 1:], normaliser=max(tokens, 1))
     found.value.backward()
     assert_close(found.value, expected, FLOAT32)
     assert_close(ours.grad, model.logits.grad, FLOAT32)
@@ -372,12 +372,12 @@ def completion_mask(random: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_selected_logprobs_are_trls(temperature: float) -> None:
+def test_token_logprobs_are_trls(temperature: float) -> None:
     random = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(4, 5, 50, generator=random)
     ids = torch.randint(0, 50, (4, 5), generator=random)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = selected_logprobs(ours, ids, temperature)
+    found = token_logprobs(ours / temperature, ids)
     expected = selective_log_softmax(theirs, ids, temperature)
     assert torch.equal(found, expected)
     factors = torch.randn(4, 5, generator=random)

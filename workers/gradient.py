@@ -100,19 +100,12 @@ class Outputs:
 
     def logprobs(self, temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities of the completion tokens, (S, T), zero at padding; of a token that the model lacks -inf."""
-        logits = self.logits(temperature)
         ids = self._batch.completion_ids[self._batch.mask]
-        known = ids < logits.shape[-1]
-        chosen = logits.gather(-1, ids.where(known, 0)[:, None])[:, 0].where(known, -torch.inf)
-        return self._batch.spread(chosen - logits.logsumexp(-1))
-
-    def log_softmax(self, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of every token of the vocabulary at the n completion tokens, (n, V), sample by sample;
-        `Batch.spread` arranges what is made of them."""
-        return self.logits(temperature).log_softmax(-1)
+        return self._batch.spread(token_logprobs(self.logits(temperature), ids))
 
     def logits(self, temperature: float = 1.0) -> torch.Tensor:
-        """The logits that predict the n completion tokens, (n, V), over the temperature."""
+        """The logits that predict the n completion tokens, (n, V), over the temperature, sample by sample;
+        `Batch.spread` arranges what is made of them."""
         return self._logits if temperature == 1 else self._logits / temperature
 
     @cached_property
@@ -129,6 +122,13 @@ class Outputs:
     def _frozen(self, speaker: Speaker) -> Outputs:
         with torch.no_grad():
             return Outputs(self._model, self._batch, speaker)
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) at the given tokens: (..., V) and ids (...) to (...); -inf for a token beyond V."""
+    known = ids < logits.shape[-1]
+    chosen = logits.gather(-1, ids.where(known, 0)[..., None])[..., 0].where(known, -torch.inf)
+    return chosen - logits.logsumexp(-1)
 
 
 class Loss(Protocol):
