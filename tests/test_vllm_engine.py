@@ -233,6 +233,8 @@ def test_prompts_prefilled_in_parts_complete_as_whole_ones(
     parts.write_slots(0, SIGMA, MEMBERS)
     requests = uneven((0, 1, 2, 3, None))
     assert texts(parts, requests) == texts(hf, requests)
+    drawn = Sampling(max_tokens=16, samples=3, temperature=1.0)
+    assert texts(parts, requests, drawn) == texts(engine, requests, drawn)
     assert differences(parts.logprobs(requests), engine.logprobs(requests)).max() < FLOAT32_TOLERANCE
     expected = engine.noise_sum(3, [5, 0, 2], [0.5, -2.0, 1.25])
     np.testing.assert_array_equal(parts.noise_sum(3, [5, 0, 2], [0.5, -2.0, 1.25]), expected)

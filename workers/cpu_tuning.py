@@ -1,15 +1,18 @@
-"""What vLLM leaves slow on a CPU when it serves LoRA: norms, activations and the sampler's logits.
+"""What vLLM leaves slow on a CPU when it serves LoRA, norms, activations and the sampler's logits; and where it fails.
 
 On a CPU vLLM counts on torch.compile to fuse norms and activations, and turns it off for LoRA; what is left are chains
 of torch calls. Its library has C++ kernels for norms all the same, and here they are put in their place. And its
 sampler takes new memory for a float32 copy of the logits at every step, so much that the C library gets it from the
-kernel each time, with a page fault for every 4 KiB; here the copy has a place of its own.
+kernel each time, with a page fault for every 4 KiB; here the copy has a place of its own. Where a prompt is longer than
+what is left of a step, it draws a token for the part that it has read and takes the draw back, as no generator of a CPU
+can; here there is no such draw.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite.binding import ffi
 from vllm import ir
@@ -58,6 +61,24 @@ def keep_logits(sampler: Any) -> None:
         return args, {**keywords, "logits": copy.copy_(logits)}
 
     sampler.register_forward_pre_hook(in_float32, with_kwargs=True)
+
+
+def spare_generators(runner: Any) -> None:
+    """Have vLLM's model runner sample without a request's generator until its prompt is read whole."""
+    if not current_platform.is_cpu():
+        return
+    sample_tokens = runner.sample_tokens
+
+    def of_whole_prompts(grammar_output: Any) -> Any:
+        batch = runner.input_batch
+        unread = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+        spared = {row: batch.generators.pop(row) for row in unread if row in batch.generators}
+        try:
+            return sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(spared)
+
+    runner.sample_tokens = of_whole_prompts
 
 
 def engine_arguments() -> dict[str, object]:

@@ -49,6 +49,7 @@ class SlotExtension:
         self._es_writing: Future[Filling] | None = None
         self._es_cache = StaleCache(self.model_runner)
         cpu_tuning.keep_logits(self.model_runner.sampler)
+        cpu_tuning.spare_generators(self.model_runner)
 
     def es_assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
         """Make the slots those of a run, and write the factors that it does not train into all of them."""
