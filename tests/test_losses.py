@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from es_engine.losses import (
+    TOKENS_AT_A_TIME,
     Loss,
     Scale,
     Variant,
@@ -54,7 +55,6 @@ MASK = torch.tensor(
     [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
 )
 MASK = MASK.bool()
-OUTSIDE = ~MASK.unsqueeze(-1)
 LOGITS = normal(ROWS, TOKENS, VOCABULARY, seed=0)
 TEACHER = normal(ROWS, TOKENS, VOCABULARY, seed=1)
 IDS = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS) % VOCABULARY
@@ -98,8 +98,8 @@ def of_sampled_opd(logits: Tensor, rows: list[int], hidden: float = 0.0) -> Loss
 
 
 def of_exact_opd(logits: Tensor, rows: list[int], hidden: float = 0.0) -> Loss:
-    teacher = TEACHER[rows].masked_fill(OUTSIDE[rows], hidden)
-    return opd_exact_loss(logits[rows], teacher, MASK[rows], normaliser=17.0)
+    divergences = reverse_kl(logits[rows].flatten(0, 1), TEACHER[rows].flatten(0, 1)).view(len(rows), TOKENS)
+    return opd_exact_loss(divergences.masked_fill(~MASK[rows], hidden), MASK[rows], normaliser=17.0)
 
 
 def of_sft(logits: Tensor, rows: list[int], hidden: float = 0.0) -> Loss:
@@ -149,8 +149,7 @@ def test_micro_batches_add_up_to_the_whole(loss: LossOfRows, pieces: Pieces) -> 
 def test_what_the_mask_leaves_out_has_no_effect(loss: LossOfRows) -> None:
     rows = list(range(ROWS))
     expected, gradient = evaluate(partial(loss, rows=rows))
-    logits = LOGITS.masked_fill(OUTSIDE, NAN) if loss is of_exact_opd else LOGITS  # the others take log-probabilities
-    found, found_gradient = evaluate(partial(loss, rows=rows, hidden=NAN), logits)
+    found, found_gradient = evaluate(partial(loss, rows=rows, hidden=NAN))
     assert torch.equal(found.value, expected.value)
     assert torch.equal(found_gradient, gradient)
     assert found.sums == expected.sums
@@ -201,14 +200,26 @@ def test_advantages_are_of_the_scored_rollouts_alone() -> None:
 
 
 def test_gradients_of_log_probabilities_and_divergences_are_their_finite_differences() -> None:
-    logits, teacher = LOGITS[:2].clone().requires_grad_(), TEACHER[:2]
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x / 0.7, IDS[:2]), logits)
+    logits, teacher = LOGITS[0].clone().requires_grad_(), TEACHER[0]
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x / 0.7, IDS[0]), logits)
     assert torch.autograd.gradcheck(lambda x: reverse_kl(x, teacher), logits)
 
 
 def test_reverse_kl_is_torchs() -> None:
-    expected = kl_divergence(Categorical(logits=LOGITS), Categorical(logits=TEACHER))
-    torch.testing.assert_close(reverse_kl(LOGITS, TEACHER), expected, rtol=0, atol=1e-12)
+    """And so is its gradient, over more tokens than it goes over at a time."""
+    student, teacher = (normal(2 * TOKENS_AT_A_TIME + 1, VOCABULARY, seed=seed) for seed in (6, 7))
+    weights = torch.arange(len(student), dtype=student.dtype)
+
+    def torchs(logits: Tensor) -> Tensor:
+        return kl_divergence(Categorical(logits=logits), Categorical(logits=teacher))
+
+    torch.testing.assert_close(reverse_kl(student, teacher), torchs(student), rtol=0, atol=1e-12)
+    leaf = student.requires_grad_()
+    (found,), (expected,) = (
+        torch.autograd.grad((divergence(leaf) * weights).sum(), leaf)
+        for divergence in (lambda logits: reverse_kl(logits, teacher), torchs)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 # --- Distillation and the KL term, over every sequence there is ---
@@ -253,7 +264,10 @@ def kl_term(table: Tensor, old: Tensor, sequences: Tensor, normaliser: float) ->
 def exact(table: Tensor, drawn_from: Tensor) -> Tensor:
     """The reverse KL at every token, over sequences from a policy, through whose probabilities gradients may flow."""
     divergence = torch.stack(
-        [opd_exact_loss(table[AFTER[[y]]], TAUGHT[AFTER[[y]]], ALL[[y]], normaliser=1.0).value for y in range(8)]
+        [
+            opd_exact_loss(reverse_kl(table[AFTER[y]], TAUGHT[AFTER[y]])[None], ALL[[y]], normaliser=1.0).value
+            for y in range(8)
+        ]
     )
     return (probabilities(drawn_from) * divergence).sum()
 

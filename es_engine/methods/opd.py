@@ -62,9 +62,8 @@ class ExactLoss:
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]:
         teacher = outputs.teacher.logits(self.temperature)
         student = outputs.logits(self.temperature)[:, : teacher.shape[-1]]
-        loss = losses.opd_exact_loss(
-            batch.spread(student), batch.spread(teacher), batch.mask, normaliser=self.normaliser
-        )
+        divergences = batch.spread(losses.reverse_kl(student, teacher))
+        loss = losses.opd_exact_loss(divergences, batch.mask, normaliser=self.normaliser)
         return loss.value, loss.sums
 
 
