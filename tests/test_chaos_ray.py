@@ -26,7 +26,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError
 
 from es_engine.config import Config
-from es_engine.ledger import Ledger
+from es_engine.ledger import Ledger, LedgerReader
 from es_engine.trainer import train
 from workers.cluster import living_nodes
 
@@ -96,6 +96,11 @@ def ballast() -> list[tuple[Any, Any]]:
     return held
 
 
+def lines_of(run: Path) -> int:
+    """How many lines a run's ledger has."""
+    return len(list(LedgerReader(run / "ledger.jsonl").new_lines()))
+
+
 def told(run: Path, words: str) -> list[str]:
     """The messages of a run's log with these words."""
     messages = [json.loads(line)["message"] for line in (run / "log.jsonl").read_text().splitlines()]
@@ -107,14 +112,17 @@ def test_an_object_store_that_is_full_for_a_time(
 ) -> None:
     """Ray puts on the disk what has no room, which takes seconds an object, and nobody else notices."""
     run = tmp_path / "run"
+    lines: list[int] = []
 
     def fill() -> None:
         held = ballast()
         assert sum(view.nbytes for _, view in held) > STORE
+        lines.append(lines_of(run))
         time.sleep(10)
 
     with local_ray(local_fs_capacity_threshold=1.0):
         train_and(config(random_llama, 2), run, fill)
+    assert lines[0] < lines_of(run), "the store was full when the run had ended"
     assert told(run, "object store") == []
     suffered("an object store that is full for 10 s, with room on the disk", 1, run)
 
