@@ -11,13 +11,14 @@ sum over sequences or tokens, divided by its `normaliser`: a number known of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 Scale = Literal["std", "none"]
@@ -205,14 +206,16 @@ def opd_exact_loss(divergences: Tensor, mask: Tensor, *, normaliser: float) -> L
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(student || teacher) over the vocabulary at n tokens: logits or log-probabilities (n, V) to (n,).
 
-    Its gradient is the student's alone. The softmax exists for a few tokens at a time, when gradients are taken too.
+    The softmax exists for a few tokens at a time, for gradients too, which compute it again.
     """
 
     def of_some(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         return (student.exp() * (student - teacher)).sum(-1)
 
-    return _FewTokensAtATime.apply(of_some, student_logits, teacher_logits)
+    few_at_a_time = (logits.split(TOKENS_AT_A_TIME) for logits in (student_logits, teacher_logits))
+    again = partial(checkpoint, of_some, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*some) for some in zip(*few_at_a_time, strict=True)])
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, *, normaliser: float) -> Loss:
@@ -257,35 +260,3 @@ def _inside(values: Tensor, mask: Tensor) -> Tensor:
 def _token_sums(mask: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over the tokens of the mask; what is (S, 1) counts for each token of its sequence."""
     return {"tokens": mask.sum(), **{name: (metric.detach() * mask).sum() for name, metric in metrics.items()}}
-
-
-class _FewTokensAtATime(torch.autograd.Function):
-    """function(logits, others) of the tokens, n of each, with a gradient for the logits alone.
-
-    The gradient computes the function again, so that nothing of the size of the logits is kept but they themselves, and
-    writes each token's part to where it belongs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, others: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(logits, others)
-        return torch.cat([function(*some) for some in _few_at_a_time(logits, others)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-        logits, others = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for part, some, other, factors in _few_at_a_time(gradient, logits, others, upstream):
-            leaf = some.detach().requires_grad_()
-            with torch.enable_grad():
-                value = ctx.function(leaf, other)
-            (found,) = torch.autograd.grad(value, leaf, factors)
-            part.copy_(found)
-        return None, gradient, None
-
-
-def _few_at_a_time(*of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of what is (n, ...), of the same tokens."""
-    return zip(*(each.split(TOKENS_AT_A_TIME) for each in of_tokens), strict=True)
