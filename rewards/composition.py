@@ -102,6 +102,18 @@ async def _first(scores: Awaitable[list[Score]]) -> Score:
     return (await scores)[0]
 
 
+def without_gpu(spec: VerifierSpec) -> VerifierSpec:
+    """The same verifier with its reward models on the CPU, to be tried where there is no GPU."""
+
+    def placed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "device": "cpu"} if name == "reward_model" else dict(options)
+
+    if spec.name != "sum":
+        return VerifierSpec(spec.name, placed(spec.name, spec.options))
+    parts = [{**part, "options": placed(part["verifier"], part["options"])} for part in spec.options["parts"]]
+    return VerifierSpec(spec.name, {**spec.options, "parts": parts})
+
+
 def verifier_names(spec: VerifierSpec) -> list[str]:
     """The names of the verifiers that one asks: those of a sum's parts, or its own."""
     return [part["verifier"] for part in spec.options["parts"]] if spec.name == "sum" else [spec.name]
@@ -143,7 +155,8 @@ def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
         if score.error is not None:
             kind = InvalidScore if isinstance(score, InvalidScore) else Score
             return kind(None, error=f"{part.name}: {score.error}", missing=(part.name,))
-        if part.of is not None and part.of != ACCURACY and part.of not in score.components:
+        silent = score.value is None and not score.components  # which costs a part its number, and no more
+        if part.of is not None and part.of != ACCURACY and part.of not in score.components and not silent:
             has = ", ".join(score.components) or "none"
             error = f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}"
             return InvalidScore(None, error=error, missing=(part.name,))
@@ -158,7 +171,7 @@ def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
 def _number(part: Part, score: Score) -> float | None:
     if part.of is None:
         return score.value
-    return score.accuracy if part.of == ACCURACY else score.components[part.of]
+    return score.accuracy if part.of == ACCURACY else score.components.get(part.of)
 
 
 def _term(part: Part, numbers: Mapping[str, float | None]) -> float:

@@ -44,14 +44,15 @@ class EnvironmentTask:
         rows = read_rows(Path(data), "task.data")
         heldout = None if heldout_data is None else read_rows(Path(heldout_data), "task.heldout_data")
         self._problems = FiledProblems(rows, heldout, problem_key, seed, str(data))
+        self.rows: int | None = self._problems.training_rows
 
     def example(self, split: Split, index: int) -> Example:
         """Problem number `index` (from 0) of a split; a pure function of its arguments.
 
-        `info` is the row, the answer its `answer` as text, the name its `id` or, without one, a hash of the prompt.
+        `info` is the row, the answer its `answer` as text, the name its `id` or, without one, a hash of the row.
         """
         row = self._problems.row(split, index)
-        name = str(row["id"]) if "id" in row else digest(problem_key(row)).hex()[:12]
+        name = digest(problem_key(row)).hex()[:12] if row.get("id") is None else str(row["id"])
         answer = "" if row.get("answer") is None else str(row["answer"])
         if "messages" in row:
             return Example(name, answer, row, messages=tuple(row["messages"]))
@@ -73,8 +74,8 @@ def read_rows(path: Path, field: str) -> list[Row]:
 
 
 def problem_key(row: Row) -> str:
-    """The row's `id`, or its prompt."""
-    return str(row["id"]) if "id" in row else json.dumps(row.get("prompt", row.get("messages")))
+    """All that the row says but its `id`: rows of several files may be numbered alike."""
+    return json.dumps({name: value for name, value in row.items() if name != "id"}, sort_keys=True)
 
 
 def _checked(record: Any, place: str) -> Row:

@@ -177,6 +177,11 @@ class FiledProblems:
                 raise ValueError(f"task.data: {source} leaves no row for the {split} split; give it more rows")
         self._orders = {split: EpochOrder(len(those), seed, split) for split, those in self._rows.items()}
 
+    @property
+    def training_rows(self) -> int:
+        """The rows of the training split, which problems 0, 1, ... go through one by one."""
+        return len(self._rows["train"])
+
     def row(self, split: Split, index: int) -> Row:
         return self._rows[split][self._orders[split][index]]
 
@@ -268,7 +273,12 @@ def _hub_records(source: str, field: str) -> list[tuple[str, Any]]:
         rows = load_dataset(match["name"], match["config"], split=match["split"] or "train")
     except Exception as error:  # hub, network, cache and parsers raise kinds of their own
         raise ValueError(f"{field}: {source} cannot be loaded: {type(error).__name__}: {error}") from error
-    return [(f"{field}: {source}, row {number}", dict(row)) for number, row in enumerate(rows, 1)]
+    return [(f"{field}: {source}, row {number}", _plain(row)) for number, row in enumerate(rows, 1)]
+
+
+def _plain(row: Mapping[str, Any]) -> Any:
+    """The row as verifiers are sent it: what JSON cannot write, such as a date, is text."""
+    return json.loads(json.dumps(dict(row), default=str))
 
 
 def _json(text: str, place: str) -> Any:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.base import Rollout, Score, VerifierSpec, judge_now, takes
+from rewards.composition import without_gpu
 from workers.scoring import Scorer
 
 MINE = """
@@ -145,6 +146,17 @@ def test_a_part_without_a_verdict_counts_nothing(mine: Path) -> None:
     parts = [part(mine, "sometimes"), part(mine, "right")]
     assert scores(parts, "skip")[0] == Score(0.0, {"right": 0.0}, missing=("sometimes",))
     assert scores(parts[:1], "skip")[0] == Score(None, missing=("sometimes",))
+    component = part(mine, "sometimes", of="exact")
+    assert scores([component, parts[1]], "skip")[0] == Score(0.0, {"right": 0.0}, missing=("sometimes",))
+
+
+def test_reward_models_are_tried_without_a_gpu() -> None:
+    graded = {"model": "m", "device": "cuda"}
+    assert without_gpu(VerifierSpec("reward_model", graded)) == VerifierSpec("reward_model", graded | {"device": "cpu"})
+    parts = [{"name": name, "verifier": name, "options": graded} for name in ("reward_model", "other")]
+    (model, other) = without_gpu(VerifierSpec("sum", {"parts": parts})).options["parts"]
+    assert (model["options"]["device"], other["options"]["device"]) == ("cpu", "cuda")
+    assert without_gpu(VerifierSpec("math", {"forms": ["boxed"]})) == VerifierSpec("math", {"forms": ["boxed"]})
 
 
 def test_a_part_with_an_error_leaves_no_score(mine: Path) -> None:

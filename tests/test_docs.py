@@ -45,7 +45,7 @@ def test_the_command_that_shows_games(folder: Path) -> None:
     (command,) = (line for _, text in blocks("sh") for line in text.splitlines() if line.startswith("es-engine tasks"))
     printed = es_engine(command, folder)
     assert r"right: '145\n1 right.\n123\n3 right.'" in printed
-    assert r"wrong: '999\n0 right.\n999\n0 right.\n999\n0 right.\n999\n0 right.'" in printed
+    assert r"wrong: '407\n0 right.\n407\n0 right.\n407\n0 right.\n407\n0 right.'" in printed
     assert printed.count("reward 1.000, accuracy 1.000; digits 0.500, open 0.500") == 5
 
 

@@ -91,6 +91,16 @@ def test_rows_have_names_answers_and_chats(tmp_path: Path) -> None:
         task.worked_policy(named)
 
 
+def test_games_are_the_same_by_what_is_in_them_and_not_by_their_numbers(tmp_path: Path) -> None:
+    games = [{"id": number, "prompt": "Open my lock.", "answer": str(100 + number)} for number in range(4)]
+    others = [{"id": number, "prompt": "Open my lock.", "answer": str(200 + number)} for number in range(2)]
+    data = write_lines(tmp_path / "train.jsonl", *games, {**others[0], "id": None})
+    heldout = write_lines(tmp_path / "heldout.jsonl", *others)
+    task = EnvironmentTask(environment="guess", data=data, heldout_data=heldout)
+    answers = {split: {task.example(split, index).answer for index in range(8)} for split in ("train", "heldout")}
+    assert answers == {"train": {"100", "101", "102", "103"}, "heldout": {"200", "201"}}
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [

@@ -65,8 +65,8 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def wait_until(happened: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 5
+def wait_until(happened: Callable[[], bool], seconds: float = 5) -> None:
+    give_up = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < give_up
         time.sleep(0.01)
@@ -413,6 +413,37 @@ scorer.drain()
     parent.kill()
     parent.wait()
     wait_until_gone(child)
+
+
+def test_a_verifier_s_own_processes_die_with_the_parent(tmp_path: Path) -> None:
+    """Which is killed, as Ray's actors are, and can end nobody."""
+    script = f"""
+from rewards.base import Rollout, VerifierSpec
+from workers.scoring import Scorer
+scorer = Scorer(VerifierSpec("{VERIFIERS}:score"), deadline=1000.0)
+scorer.submit("hang", Rollout("", "with_grandchild()", "", {{}}))
+scorer.drain()
+"""
+    pid = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"GRANDCHILD": str(pid)})
+    wait_until(lambda: pid.is_file() and pid.read_text() != "", seconds=60)
+    grandchild = int(pid.read_text())
+    assert not is_gone(grandchild)
+    parent.kill()
+    parent.wait()
+    wait_until_gone(grandchild)
+
+
+def test_a_module_in_the_current_directory_hides_none_of_the_engine_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards.py").write_text("from rewards.base import Score\ndef score(rollout): return Score(0.5)\n")
+    (tmp_path / "mine.py").write_text("def score(rollout):\n    return 0.25\n")
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("rewards.py:score", 0.5), ("mine:score", 0.25)):
+        with Scorer(VerifierSpec(name)) as scorer:
+            scorer.submit("key", rollout("x"))
+            assert scorer.drain()["key"].value == value
 
 
 @pytest.mark.parametrize(

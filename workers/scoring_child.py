@@ -41,7 +41,9 @@ def main(descriptor: int, mark_descriptor: int, parent: int) -> None:
     """Serve the process `parent` on the socket `descriptor` until it hangs up."""
     _die_with(parent)
     link, mark = socket.socket(fileno=descriptor), Mark(mark_descriptor)
-    os.register_at_fork(after_in_child=lambda: _hang_up(link, mark))
+    held: list[Any] = [link, mark]
+    os.register_at_fork(after_in_child=lambda: _hang_up(held))
+    held.append(_guarded())
     lines = _lines(link)
     opening = json.loads(next(lines))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -161,10 +163,24 @@ def _die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _hang_up(link: socket.socket, mark: Mark) -> None:
-    """In a process that a verifier forks: it must neither answer in this one's name nor hold the socket open."""
-    link.close()
-    mark.close()
+def _guarded() -> Any:
+    """Have another process end the group, and with it what a verifier has started, as soon as this one is gone: the
+    kernel ends this one alone when its parent dies. What comes back is open as long as this process lives."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(writer)
+        while os.read(reader, 1 << 12):  # there is nothing more to read once the last writer is gone
+            pass
+        os.killpg(0, signal.SIGKILL)
+    os.close(reader)
+    return os.fdopen(writer, "wb")
+
+
+def _hang_up(held: list[Any]) -> None:
+    """In a process that a verifier forks: it must neither answer in this one's name, nor hold the socket open, nor pass
+    for this one."""
+    for each in held:
+        each.close()
 
 
 def _load(spec: VerifierSpec) -> Verifier:

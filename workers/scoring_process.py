@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from rewards.base import Rollout, Score, Takes, VerifierSpec
@@ -30,6 +31,7 @@ AHEAD = 0.02  # seconds of work in hand: more of it could wait behind a slow job
 SUSPECT = 0.25  # of a job's deadline: one that takes longer has probably hung
 WANING = 0.9  # of the rollouts that a process is for
 MAX_REPLY = 1 << 20  # bytes
+OWN_PACKAGES = str(Path(__file__).parents[1])
 REAP_TIMEOUT = 30.0  # seconds; only a process stuck in the kernel outlives SIGKILL
 
 
@@ -254,11 +256,12 @@ def _start() -> tuple[socket.socket, Mark, subprocess.Popen[bytes]]:
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         descriptors = theirs.fileno(), memory.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-m", "workers.scoring_child", *map(str, [*descriptors, os.getpid()])],
+            # -P and the path: what lies in the current directory hides none of the modules that are imported here.
+            [sys.executable, "-P", "-m", "workers.scoring_child", *map(str, [*descriptors, os.getpid()])],
             stdin=subprocess.DEVNULL,
             stdout=2,  # a verifier may print: to stderr
             pass_fds=descriptors,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), OWN_PACKAGES, os.getcwd()])},
             start_new_session=True,
         )
         return ours, Mark(memory.fileno()), process
