@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from es_engine.config import Config, explain, load_comparison, load_config, load_task, task_kinds
-from es_engine.text import discreet, visible
+from es_engine.text import discreet, duration, visible
 
 if TYPE_CHECKING:
     from es_engine.scoring import Graded
@@ -32,8 +31,7 @@ app = typer.Typer(
 )
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-LONGEST_ETA = 1e10  # seconds; more is no time at all
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -120,8 +118,12 @@ def evaluate(
     target: Annotated[Path, typer.Argument(help="A run folder, an adapter folder, or a config (its base model).")],
     config: Annotated[Path | None, typer.Option(help="The config whose model and task an adapter is tried on.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems; by default the config's.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions of each problem; by default the config's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Sampling temperature, 0 is greedy; by default the config's.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the summary and the completions; by default evaluations/NAME.")
     ] = None,
@@ -350,7 +352,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        _end(f"{error.filename or 'the run folder'}: {error.strerror}; make room or give another place, then resume", 2)
+        hint = "" if error.errno == errno.EACCES else "; make room or give another place, then resume"
+        _end(f"{error.filename or 'the run folder'}: {error.strerror}{hint}", 2)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -387,10 +390,12 @@ def _evaluation_target(target: Path, config: Path | None, overrides: list[str]) 
         return load_config(config or run.folder.config_file, overrides), run.adapter
     if not (target / "adapter_config.json").is_file():
         raise ValueError(f"{target}: neither a run folder, nor a PEFT adapter, nor a config")
-    beside = target.resolve().parent / "config.yaml"
-    if config is None and not beside.is_file():
+    if config is not None:
+        return load_config(config, overrides), target
+    beside = target.resolve().parent
+    if not (beside / "config.yaml").is_file():
         raise ValueError("--config: an adapter outside a run folder needs the config whose model and task to use")
-    return load_config(config or beside, overrides), target
+    return load_config(Run(beside).folder.config_file, overrides), target
 
 
 def _name_of(target: Path) -> str:
@@ -444,7 +449,7 @@ def _status_row(status: Status) -> dict[str, str]:
         "training reward": _figure(status.training_reward),
         "held-out reward": _figure(status.reward),
         "accuracy": _figure(status.accuracy),
-        "ETA": "" if left is None else str(timedelta(seconds=round(min(left, LONGEST_ETA)))),
+        "ETA": "" if left is None else duration(left),
         "last error": status.error or "",
     }
 

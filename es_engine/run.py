@@ -74,18 +74,28 @@ class Run:
         figures = [{name: line[name] for name in names} for line in self.evaluations]
         return {"run": str(self.path), "steps": len(self.ledger), "before": figures[0], "after": figures[-1]}
 
-    def evaluate(self, problems: int | None = None, samples: int = 1, temperature: float = 0.0) -> Evaluation:
-        """Evaluate the final adapter on held-out problems of the run's own task; greedy at temperature 0."""
+    def evaluate(
+        self, problems: int | None = None, samples: int | None = None, temperature: float | None = None
+    ) -> Evaluation:
+        """Evaluate the final adapter on held-out problems of the run's own task; see `evaluate`."""
         return evaluate(self.config, self.adapter, problems=problems, samples=samples, temperature=temperature)
 
 
 def evaluate(
-    config: Config, adapter: Path | None, *, problems: int | None = None, samples: int = 1, temperature: float = 0.0
+    config: Config,
+    adapter: Path | None,
+    *,
+    problems: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
 ) -> Evaluation:
-    """Evaluate a PEFT adapter, or without one the base model, on held-out problems of the config's task.
+    """Evaluate a PEFT adapter, or without one the base model, on held-out problems of the config's task; greedy at
+    temperature 0.
 
-    `problems` is by default the config's number. Raises ValueError for an adapter that does not fit the model.
+    What is left out is as in the config's `evaluation`. Raises ValueError for an adapter that does not fit the model.
     """
+    samples = config.evaluation.samples if samples is None else samples
+    temperature = config.evaluation.temperature if temperature is None else temperature
     if samples > 1 and temperature == 0:
         raise ValueError("samples: several completions of a prompt need a temperature above 0")
     first = config.by_stage[0]  # any of them: theta is what the space starts from

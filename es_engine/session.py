@@ -34,6 +34,7 @@ from es_engine.methods.updates import Updates
 from es_engine.spaces.base import Matrix
 from es_engine.spaces.lora import LoraSpace
 from rewards.base import SingleTurnTask, Split, Task
+from rewards.composition import without_gpu
 from rewards.trees import flat
 from workers.actor import WorkerSetup
 from workers.chunks import Problem
@@ -41,7 +42,7 @@ from workers.completions import Completions, load_completions
 from workers.engine import Sampling
 from workers.models import fingerprint, linear_matrices, multiplying_parameters
 from workers.pool import Pool
-from workers.prompts import load_preparer
+from workers.prompts import engine_context, load_preparer, surely_fits
 from workers.scoring import open_scorer
 from workers.sources import local_model
 from workers.teacher import Teacher, find_teacher
@@ -98,6 +99,14 @@ class Materials:
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
         """Problems of a split by number, ready for the model; the last few thousand stay tokenised."""
         return [self._problem(split, number) for number in numbers]
+
+    def check_prompts(self) -> None:
+        """Raises ValueError for a training prompt from a file that leaves no room to answer, which would end the run
+        when its turn comes."""
+        room = engine_context(self.config, self.model) - self.task.max_tokens
+        for number in range(self.task.rows or 0):
+            if not surely_fits(self.task.example("train", number), room):
+                self.problems("train", [number])
 
     @cached_property
     def _problem(self) -> Callable[[Split, int], Problem]:
@@ -313,7 +322,7 @@ class Session:
 
 def _try_verifier(materials: Materials) -> None:
     """Raises ValueError for a verifier that cannot be loaded, which should fail here, not on a worker."""
-    open_scorer(materials.config.task, materials.task.verifier).close()
+    open_scorer(materials.config.task, without_gpu(materials.task.verifier)).close()
 
 
 def _check_pool(config: Config, other: Config) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from datetime import timedelta
 
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 """In the name of an environment variable that holds one."""
 SHORTEST_SECRET = 8
 """Characters; a shorter value, such as `true`, is none."""
 HIDDEN = "***"
+
+LONGEST = 1e10
+"""Seconds; more is no time at all."""
 
 _BEFORE_HOST = re.compile(r"(?<=://)[^\s/@]+@")
 _HARMLESS = "\n\t\u200c\u200d"  # with the joiners that writing systems need, as on the report's page
@@ -36,3 +40,8 @@ def discreet(text: str) -> str:
         if len(value) >= SHORTEST_SECRET and SECRET.search(name.upper()):
             text = text.replace(value, HIDDEN)
     return text
+
+
+def duration(seconds: float) -> str:
+    """A time that something takes, as H:MM:SS, from a day on with days."""
+    return str(timedelta(seconds=round(min(seconds, LONGEST))))

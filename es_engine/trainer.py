@@ -24,7 +24,7 @@ from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_json_lines
 from es_engine.run_lock import locked
 from es_engine.session import Materials, Session, errors_in_place, sampling
-from es_engine.telemetry import Telemetry, open_telemetry
+from es_engine.telemetry import Telemetry, check_places, open_telemetry
 from workers.divergence import Diverged
 
 
@@ -35,6 +35,7 @@ def train(config: Config, run_dir: Path | str | None = None) -> Run:
     """
     folder = RunFolder(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
     folder.refuse_existing()
+    check_places(config.telemetry)
     notices = Notices()
     with Session(config.by_stage[0], notices, config.by_stage[1:]) as session:
         begin(session, config, folder, notices)
@@ -58,6 +59,8 @@ def resume(run_dir: Path | str) -> Run:
 
 def begin(session: Session, config: Config, folder: RunFolder, notices: Notices) -> None:
     """Train to the end of the budget in a new run folder, on a session that serves the run's first stage."""
+    if any(getattr(stage.method, "data", None) is None for stage in config.by_stage):  # else the task trains nothing
+        session.materials.check_prompts()
     config = _with_settled_chunk(session, config)
     folder.create(config)
     with locked(folder.path):
@@ -126,7 +129,7 @@ def _divergence_in_words(session: Session, state: State) -> Iterator[None]:
         yield
     except Diverged as error:
         config = session.materials.config
-        if np.array_equal(state.theta, session.materials.space.start()):
+        if config.method.kind != "es" and np.array_equal(state.theta, session.materials.space.start()):
             raise ValueError(
                 f"{error}, before training has changed anything: the base model or space.init leads there; "
                 "another engine.dtype may help"
@@ -305,7 +308,7 @@ def _telemetry_line(materials: Materials, state: State, line: Line, ledger: Ledg
         "delta_norm": delta_norm,
         "delta_norm_ratio": delta_norm_ratio,
         "worker_restarts": line["restarts"],
-        "eta_seconds": elapsed * (1 - spent) / spent,
+        "eta_seconds": elapsed * (1 - spent) / spent if spent else None,
     }
 
 

@@ -72,6 +72,7 @@ class Arc:
         heldout = None if heldout_data is None else read_folder(Path(heldout_data), "task.heldout_data", max_cells)
         rows = read_folder(Path(data), "task.data", max_cells)
         self._problems = FiledProblems(rows, heldout, lambda row: str(row["id"]), seed, str(data))
+        self.rows: int | None = self._problems.training_rows
 
     def example(self, split: Split, index: int) -> Example:
         """Problem number `index` (from 0) of a split; a pure function of its arguments.

@@ -101,8 +101,9 @@ _V = TypeVar("_V", bound=Callable[..., Any])
 
 class Task(Protocol):
     """Problems and how what a model makes of them is scored. Both splits are random-access streams, disjoint from each
-    other."""
+    other. Of training problems that are read from files, there are so many `rows` before they come again."""
 
+    rows: int | None
     max_tokens: int
     stop: tuple[str, ...]
     verifier: VerifierSpec

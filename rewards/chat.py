@@ -69,6 +69,7 @@ class Chat:
         rows = read_rows(data, "task.data", template, fields)
         heldout = None if heldout_data is None else read_rows(heldout_data, "task.heldout_data", template, fields)
         self._problems = FiledProblems(rows, heldout, problem_key, seed, data)
+        self.rows: int | None = self._problems.training_rows
 
     def example(self, split: Split, index: int) -> Example:
         """Prompt number `index` (from 0) of a split; a pure function of its arguments.

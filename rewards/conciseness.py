@@ -65,6 +65,7 @@ class Conciseness:
         self._problems = FiledProblems(
             rows, heldout, problem_key, seed, "the built-in set" if data is None else str(data)
         )
+        self.rows: int | None = self._problems.training_rows
 
     def example(self, split: Split, index: int) -> Example:
         """Problem number `index` (from 0) of a split; a pure function of its arguments.

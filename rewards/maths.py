@@ -71,6 +71,7 @@ class Maths:
         self.verifier = weighted_verifier("math", verifier, weights, WEIGHTS, options)
         self._template, self._shots = template, shots
         self._problems = filed(data, heldout_data, dataset, fields or {}, seed)
+        self.rows: int | None = self._problems.training_rows
 
     def example(self, split: Split, index: int) -> Example:
         """Problem number `index` (from 0) of a split; a pure function of its arguments.

@@ -83,6 +83,15 @@ def test_es_goes_on_where_members_can_only_be_told_to_answer_nonsense(random_lla
     assert len(Ledger(run / "ledger.jsonl").generations) == 4
 
 
+def test_a_member_of_the_first_generation_without_likelihoods_is_put_down_to_sigma(
+    random_llama: Path, tmp_path: Path
+) -> None:
+    """A comparison's grid of sigmas goes on then, as it would not where the base model were to blame."""
+    config = small_config(random_llama, SMALL_ES | {"fitness": "references", "sigma": 1e30})
+    with pytest.raises(Diverged, match=r"diverged in step 1: .* lower optimizer.lr \(\S+\) or method.sigma$"):
+        train_here(config, tmp_path / "run")
+
+
 def test_numbers_that_are_not_finite_before_theta_has_moved_are_not_put_down_to_training(
     random_llama: Path, tmp_path: Path
 ) -> None:

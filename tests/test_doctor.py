@@ -282,6 +282,8 @@ def test_a_model_that_can_be_read(random_llama: Path) -> None:
     assert facts is not None
     assert facts.weights == (random_llama / "model.safetensors").stat().st_size
     assert facts.kv_bytes("bfloat16") == 2 * 2 * 1 * 32 * 2  # keys and values, layers, heads, their size, bytes
+    types = {kind: facts.dtype_in(config_of(str(random_llama), {"kind": kind}).engine) for kind in ("vllm", "hf")}
+    assert types == {"vllm": "bfloat16", "hf": "float32"}
 
 
 def cut_short(model: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 from workers import tiny_model
 from workers.models import cached_folder, fingerprint, linear_matrices, resolve
@@ -447,3 +447,9 @@ def test_lessons_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         build_tiny_model(tmp_path, hidden=32, heads=1, examples=lambda _: ("a" * 299, "b"), **sizes)
     with pytest.raises(ValueError, match="hidden/heads must be a multiple of 32"):
         build_tiny_model(tmp_path, hidden=64, heads=4, examples=last_letter, **sizes)
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model.source: \S+ has no linear layers for LoRA to adapt"):
+        linear_matrices(tmp_path, "all-linear")

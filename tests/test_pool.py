@@ -481,7 +481,7 @@ def test_every_living_worker_is_assigned_once_and_the_next_to_start_begins_with_
     assert pool.restarts == 1
 
 
-@pytest.mark.parametrize("late", [None, OutOfDiskError(), raised(RuntimeError("CUDA error"))])
+@pytest.mark.parametrize("late", [None, OutOfDiskError(), raised(RuntimeError("CUDA error")), raised(AssertionError())])
 def test_a_worker_that_is_late_with_a_call_of_the_run_before_is_waited_for(start: Any, late: Exception | None) -> None:
     """Whatever comes of the call."""
     told: list[tuple[int, str]] = []

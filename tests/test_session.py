@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import pytest
 from inputs import random_center
-from small_runs import LocalPool, SessionPool, small_config
+from small_runs import LocalPool, SessionPool, small_config, train_here, write_rows
 
 from es_engine import session
-from es_engine.config import Config
+from es_engine.config import Config, parse_config
 from es_engine.evaluation import evaluate_center
 from es_engine.run_folder import RunFolder
 from es_engine.session import Materials, Session, sampling
@@ -98,3 +98,23 @@ def test_a_run_counts_what_befalls_its_workers_from_its_own_beginning(random_lla
         begin(shared, config, run, Notices())
     (line,) = run.open_ledger().generations
     assert (line["restarts"], line["speculative"]) == (0, 0)
+
+
+def test_a_training_prompt_that_leaves_no_room_is_refused_before_the_run_begins(
+    random_llama: Path, tmp_path: Path
+) -> None:
+    """In the middle of it, it would end the run, and every resumption."""
+    (tmp_path / "verifier.py").write_text(VERIFIERS)
+    short, long = ({"id": name, "prompt": text, "answer": "3"} for name, text in (("a", "1+2="), ("b", "1+" * 50_000)))
+    task = {
+        "kind": "chat",
+        "template": "plain",
+        "data": write_rows(tmp_path / "rows.jsonl", [short, long]),
+        "heldout_data": write_rows(tmp_path / "heldout.jsonl", [{"prompt": "2+2="}]),
+        "verifier": f"{tmp_path}/verifier.py:letters",
+        "max_tokens": 4,
+    }
+    config = parse_config(small_config(random_llama, ES).model_dump(mode="json") | {"task": task})
+    with pytest.raises(ValueError, match=r"^task: the prompt of b has \d+ tokens, which with task.max_tokens=4"):
+        train_here(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

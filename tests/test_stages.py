@@ -249,6 +249,15 @@ def test_a_stage_takes_what_it_leaves_out_from_the_run(tmp_path: Path) -> None:
     assert whole.by_stage == (whole,)
 
 
+def test_an_override_that_would_change_no_stage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text_config("- {budget: {tokens: 5}}\n- {}"))
+    assert [stage.budget.generations for stage in load_config(path, ["budget.generations=1"]).by_stage] == [None, 1]
+    path.write_text(dump_config(load_config(path)))
+    with pytest.raises(ValueError, match=r"^override budget.generations=1: every stage has budget of its own"):
+        load_config(path, ["seed=2", "budget.generations=1"])
+
+
 @pytest.mark.parametrize(
     ("stages", "run", "sentence"),
     [

@@ -15,6 +15,7 @@ import pytest
 from figures import ALONE, EVALUATION, MadeUpWorkers, generation, opened
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from small_runs import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from es_engine.run_folder import RunFolder
@@ -24,6 +25,8 @@ from es_engine.telemetry.log import last_error
 from es_engine.telemetry.metrics import METRICS
 from es_engine.telemetry.prometheus import PrometheusTelemetry
 from es_engine.telemetry.tensorboard import TensorBoardTelemetry
+from es_engine.text import duration
+from es_engine.trainer import train
 from workers.calls import Call, Notice
 
 NOTHING_SCORED = {
@@ -162,7 +165,7 @@ def scrape(port: int) -> dict[str, float]:
 
 def test_prometheus_is_scraped_and_lets_go_of_its_port(tmp_path: Path) -> None:
     metrics = open_prometheus(tmp_path)
-    metrics.generation(generation(0, learning={"loss": 0.1, "approx_kl": 0.02}))
+    metrics.generation(generation(0, learning={"loss": 0.1, "approx_kl": 0.02}, components={"a stage's before": 1.0}))
     metrics.generation(generation(1, reward_mean=0.5, accuracy=None, learning={"reverse_kl": 0.3, "loss": 0.2}))
     metrics.evaluation(EVALUATION)
     (tmp_path / "checkpoints/step-000002").mkdir(parents=True)
@@ -210,6 +213,7 @@ def test_prometheus_is_scraped_and_lets_go_of_its_port(tmp_path: Path) -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert math.isnan(found["accuracy/train"])
     assert "kl/approx_kl" not in found
+    assert "reward_component/a stage's before/train" not in found
     assert 0 <= found["last_checkpoint_age_seconds"] < 60
     assert 0 < found["disk_free_bytes"] < found["disk_size_bytes"]
     names = {name.split("/")[0] for name in found}
@@ -226,6 +230,22 @@ def test_prometheus_port_in_use_is_one_sentence(tmp_path: Path) -> None:
             open_prometheus(tmp_path, port)
     with pytest.raises(ValueError, match=r"port 0 on 203.0.113.9 cannot be had: the machine has no such address"):
         open_prometheus(tmp_path, host="203.0.113.9")
+
+
+def test_a_place_that_cannot_be_had_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    """A run folder would name it, and `resume` change nothing."""
+    config = small_config(tmp_path, {"kind": "sft", "batch": 4})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wanted = config.telemetry.model_copy(update={"prometheus_port": taken.getsockname()[1]})
+        with pytest.raises(ValueError, match=r"^telemetry.prometheus_port: port \d+ on 127.0.0.1 is in use; "):
+            train(config.model_copy(update={"telemetry": wanted}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_time_that_is_far_too_long_is_told_all_the_same() -> None:
+    """Of a budget that was to be none, such as 1e30 FLOPs."""
+    assert duration(93_784.4) == "1 day, 2:03:04"
+    assert duration(1e19) == duration(1e10)
 
 
 def test_open_telemetry_opens_what_the_config_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

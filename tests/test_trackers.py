@@ -15,6 +15,7 @@ from figures import ALONE, EVALUATION, config_with, generation, opened
 from hypothesis import given
 from hypothesis import strategies as st
 
+from es_engine.run_folder import refuse_ways_out
 from es_engine.telemetry.mlflow import metric_name
 
 
@@ -23,6 +24,7 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     for first_step in (0, 1):
         with opened(tmp_path, **ALONE | {"wandb": {"project": "trials"}}) as telemetry:
+            refuse_ways_out(tmp_path)  # or nobody could watch the run
             telemetry.generation(generation(first_step, reward_mean=0.25 + first_step))
             telemetry.evaluation(EVALUATION | {"step": first_step + 1})
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -41,6 +43,7 @@ def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"0123456789" * 4 not in written
     assert b"hf_secret_token" not in written
+    refuse_ways_out(tmp_path)
 
 
 def wandb_history(files: Sequence[Path]) -> list[dict[str, float]]:

@@ -70,6 +70,21 @@ def engine(started: VllmEngine, hf: HfEngine, space: LoraSpace) -> VllmEngine:
     return started
 
 
+def test_a_type_that_vllm_has_no_lora_in_on_a_gpu_is_refused(
+    random_llama: Path, space: LoraSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    with pytest.raises(ValueError, match=r"^engine.dtype: got float32, accepted on a GPU are bfloat16 and float16$"):
+        build_engine(random_llama, space)
+
+
+def test_the_type_of_the_weights_is_known(started: VllmEngine) -> None:
+    """The model that gradients are taken with has the same, also where it is vLLM's own choice."""
+    assert started.dtype == "float32"
+
+
 # What slots hold
 
 

@@ -207,7 +207,7 @@ class Worker:
         the engine, that is no part of a step."""
         if self._gradients is None:
             self._engine.rest()
-            self._gradients = build_gradient_model(self._setup, self._model)
+            self._gradients = build_gradient_model(self._setup, self._model, self._engine.dtype)
         return self._gradients
 
     def _gradients_at(self, theta: Vector | None, version: int) -> GradientModel:
@@ -298,14 +298,14 @@ def build_engine(setup: WorkerSetup, model: Path) -> PopulationEngine:
     )
 
 
-def build_gradient_model(setup: WorkerSetup, model: Path) -> GradientModel:
-    """The model that gradients are taken with: the engine's type, on a GPU where there is one."""
+def build_gradient_model(setup: WorkerSetup, model: Path, dtype: str) -> GradientModel:
+    """The model that gradients are taken with, its weights of the engine's type, on a GPU where there is one."""
     from workers.gradient import GradientModel
 
     engine = setup.config.engine
     assert engine.kind != "simulated", "there is no model"
     device = engine.device if engine.kind == "hf" else "auto"
-    return GradientModel(model, setup.space, engine.dtype, _device(device), _teacher(setup, model))
+    return GradientModel(model, setup.space, dtype, _device(device), _teacher(setup, model))
 
 
 def _teacher(setup: WorkerSetup, model: Path) -> Teacher | None:
@@ -322,18 +322,18 @@ def _teacher(setup: WorkerSetup, model: Path) -> Teacher | None:
 
 
 def _noise_cache_bytes(setup: WorkerSetup) -> int:
-    """As configured; or room for every pair of a generation and a chunk drawn ahead, as far as this worker's share of
-    an eighth of the machine's memory goes."""
+    """Of each rank of a worker. As configured; or room for every pair of a generation and a chunk drawn ahead, as far
+    as this worker's share of an eighth of the machine's memory goes."""
     config = setup.config
     if config.engine.kind == "simulated":  # its noise is made up where it is needed
         return 0
     if config.engine.noise_cache_gib is not None:
-        return int(config.engine.noise_cache_gib * GIB)
+        return int(config.engine.noise_cache_gib * GIB) // config.pool.tensor_parallel
     population = config.method.population if config.method.kind == "es" else 0
     wanted = 4 * setup.space.dim * (population + setup.slots)
     neighbours = max(1, (os.cpu_count() or 1) // config.pool.threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(wanted, memory // 8 // neighbours)
+    return min(wanted, memory // 8 // neighbours // config.pool.tensor_parallel)
 
 
 def _device(wanted: str) -> str:
@@ -368,7 +368,7 @@ def _run_canary(engine: PopulationEngine, setup: WorkerSetup, model: Path, with_
     if with_reference and setup.config.engine.kind == "vllm":
         from workers.hf_engine import HfEngine
 
-        reference = HfEngine(model, setup.space, setup.config.seed, cache_bytes=0, dtype=setup.config.engine.dtype)
+        reference = HfEngine(model, setup.space, setup.config.seed, cache_bytes=0, dtype=engine.dtype)
     return canary.check(engine, setup.space, setup.canary, reference)
 
 

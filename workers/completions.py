@@ -16,7 +16,7 @@ from typing import Any
 
 from rewards.base import Example
 from workers.chunks import Problem
-from workers.prompts import context_length, load_tokenizer, token_ids, tokenised
+from workers.prompts import context_length, load_tokenizer, surely_fits, token_ids, tokenised
 from workers.samples import Sample
 from workers.stops import cut_at_stop
 
@@ -54,9 +54,7 @@ class Completions:
         """Raises what `sample` would; it tokenises only what might be refused."""
         self._check_template(example)
         self._ended(example, completion)
-        said = [example.prompt or "", completion, *(message["content"] for message in example.messages or ())]
-        # A token is at least a byte, and half the context is room enough for what a template adds.
-        if sum(len(text.encode()) for text in said) > self.context // 2 or example.prompt == "":
+        if example.prompt == "" or not surely_fits(example, self.context, completion):
             self.sample(self.problem(example), completion)
 
     def _check_template(self, example: Example) -> None:

@@ -79,7 +79,10 @@ class Completion:
 
 
 class PopulationEngine(Protocol):
-    """An engine that answers with many perturbed adapters at once."""
+    """An engine that answers with many perturbed adapters at once; `dtype` is the type of its base model's weights, in
+    transformers' words."""
+
+    dtype: str
 
     def assign(self, space: LoraSpace, run_seed: int, cache_bytes: int) -> None:
         """Hold members of another run from now on, in a space of the same matrices and rank. Center, slots and noise

@@ -29,6 +29,7 @@ class HfEngine:
     ) -> None:
         from transformers import GenerationConfig
 
+        self.dtype = dtype
         self._model = load_peft_model(model, space, dtype, device)
         self._device = torch.device(device)
         self._tokenizer = load_tokenizer(model)

@@ -75,6 +75,8 @@ def linear_matrices(folder: Path, targets: Literal["all-linear"] | Sequence[str]
     of one are not those that the model's config asks for.
     """
     shapes = linear_shapes(folder)
+    if not shapes:
+        raise ValueError(f"model.source: {folder} has no linear layers for LoRA to adapt; GPT-2's are of another kind")
     if targets != "all-linear":
         _check_targets(targets, shapes)
         shapes = {name: shape for name, shape in shapes.items() if any(_ends_in(name, target) for target in targets)}

@@ -368,7 +368,9 @@ class Pool:
         begin with the others."""
         if self._round is None and seat.round is None:
             return False
-        if seat.round is not None:
+        if seat.round is not None and (seat.round is not self._round or seat.number in seat.round.results):
+            again = True  # nobody waits for its answer
+        elif seat.round is not None:
             again = isinstance(cause, OF_A_MACHINE) and self._pool.retries > 0 and seat.number not in seat.round.broke
             seat.round.broke.add(seat.number)
         else:  # what the worker before it held, such as a GPU's memory, may not be free yet
@@ -401,7 +403,7 @@ class Pool:
             if place != seat.place:
                 seat.place, seat.actor = place, None
             self._start(seat)
-        if todo is not None and todo is self._round:
+        if todo is not None and todo is self._round and number not in todo.results:
             self._retry(seat, todo, number, reason)
 
     def _retry(self, seat: _Seat, todo: Round, number: int, reason: str) -> None:

@@ -28,8 +28,20 @@ def load_tokenizer(model: Path) -> Any:
 
 def load_preparer(config: Config, model: Path, max_tokens: int) -> Preparer:
     """The function that tokenises examples for a local model within the context that the engine's config leaves it."""
+    return preparer(load_tokenizer(model), engine_context(config, model), max_tokens)
+
+
+def engine_context(config: Config, model: Path) -> int:
+    """The most tokens that a local model reads and says in the engine of a config."""
     context, limit = context_length(model), getattr(config.engine, "max_model_len", None)
-    return preparer(load_tokenizer(model), context if limit is None else min(context, limit), max_tokens)
+    return context if limit is None else min(context, limit)
+
+
+def surely_fits(example: Example, room: int, completion: str = "") -> bool:
+    """Whether prompt and completion have at most so many tokens, as far as that can be told without tokenising them: a
+    token is at least a byte, and half of the room is enough for what a template adds."""
+    said = [example.prompt or "", completion, *(message["content"] for message in example.messages or ())]
+    return sum(len(text.encode()) for text in said) <= room // 2
 
 
 def preparer(tokenizer: Any, context: int, max_tokens: int) -> Preparer:

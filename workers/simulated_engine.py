@@ -56,6 +56,8 @@ class Plan:
 class SimulatedEngine:
     """Makes up answers and takes the time real ones would; implements `PopulationEngine`."""
 
+    dtype = "auto"
+
     def __init__(self, config: SimulatedEngineConfig, run_seed: int, dim: int) -> None:
         self._config = config
         self._begin(run_seed, dim)

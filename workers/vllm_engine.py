@@ -52,11 +52,16 @@ class VllmEngine:
 
         from workers import cpu_tuning
 
+        if options.dtype == "float32" and current_platform.is_cuda():
+            # asserted by the kernels of vLLM's LoRA
+            raise ValueError("engine.dtype: got float32, accepted on a GPU are bfloat16 and float16")
         sets = _sets(space, slots)
         self._rests = options.rests and current_platform.is_sleep_mode_available()  # not on a CPU
         arguments = cpu_tuning.engine_arguments() | _llm_arguments(space, sets * slots, options)
         arguments |= {"enable_sleep_mode": True} if self._rests else {}
         self._llm = LLM(model=str(model), **arguments)
+        # vLLM's auto is not transformers': it takes 16 bits in place of 32.
+        self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self._slots = slots
         self._writes = 0  # of all runs
         self._tokenizer = load_tokenizer(model)

@@ -40,6 +40,7 @@ class SlotExtension:
     """Methods added to vLLM's worker; `es_` keeps them apart from its own."""
 
     model_runner: Any
+    rank: int
 
     def es_claim_slots(self, slots: int, sets: int) -> None:
         """Claim all slots for good, `sets` times `slots` of them."""
@@ -103,9 +104,11 @@ class SlotExtension:
         if self._es_sets > 1 and generation == self._es_generation:
             self._es_writing = self._es_background.submit(self._es_write_set, generation, sigma, members)
 
-    def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector:
-        """The sum of weight * eps(pair), shape (D,); good until the next call."""
+    def es_noise_sum(self, generation: int, pairs: Sequence[int], weights: Sequence[float]) -> Vector | None:
+        """The sum of weight * eps(pair), shape (D,), by the first rank alone; good until the next call."""
         self.es_settle()
+        if self.rank != 0:
+            return None
         return self._es_perturber.noise_sum(generation, pairs, weights, out=self._es_sum)
 
     def es_settle(self) -> None:
@@ -122,7 +125,7 @@ class SlotExtension:
         for slot, member in enumerate(members, start=self._es_next_set()):
             self._es_writer.write(slot, self._es_perturber, generation, sigma, member)
         if self.model_runner.device.type != "cpu":  # vLLM may run the model on a stream of its own
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.model_runner.device)  # of this rank: a new thread knows the first alone
         return generation, sigma, members
 
     def _es_place(self, placement: Placement) -> Place:

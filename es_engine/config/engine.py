@@ -20,7 +20,11 @@ class VllmEngineConfig(ConfigModel):
     """vLLM: many perturbed adapters in one batch."""
 
     kind: Literal["vllm"] = Field(default="vllm", description="vLLM with one adapter slot for each member of a chunk.")
-    dtype: Dtype = Field(default="auto", description="Type of the base model's weights; auto is the model's own.")
+    dtype: Dtype = Field(
+        default="auto",
+        description="Type of the base model's weights; auto is the model's own, or one of 16 bits in place of 32. On a "
+        "GPU vLLM has no LoRA in float32.",
+    )
     chunk: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Members evaluated in one engine call: the number of adapter slots. auto times a few sizes before "

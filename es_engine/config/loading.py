@@ -32,7 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A relative path to a file is looked for beside the YAML file that names it, then in the current directory, where
     those of overrides start. Raises ConfigError.
     """
-    return parse_config(merge(read_tree(Path(path)), override_tree(overrides)))
+    tree = merge(read_tree(Path(path)), override_tree(overrides))
+    _refuse_idle(overrides, tree.get("stages"))
+    return parse_config(tree)
 
 
 def load_resolved(path: Path) -> Config:
@@ -148,6 +150,16 @@ def override_tree(overrides: Sequence[str]) -> Tree:
                 raise ConfigError(f"override {override}: an earlier override gives {key} a value of its own")
         node[last] = yaml_text.parse(value, f"override {override}")
     return tree
+
+
+def _refuse_idle(overrides: Sequence[str], stages: Any) -> None:
+    """Raises ConfigError for an override of what every stage has of its own."""
+    if not isinstance(stages, list) or not stages:
+        return
+    for override in overrides:
+        axis = re.split(r"[.=]", override, maxsplit=1)[0]
+        if axis in StageConfig.model_fields and all(isinstance(stage, dict) and axis in stage for stage in stages):
+            raise ConfigError(f"override {override}: every stage has {axis} of its own, where the config file gives it")
 
 
 def nested(name: str, value: Any) -> Tree:

@@ -29,7 +29,7 @@ def examine(config: Config | None = None) -> list[Check]:
     limit = machine.memory_limit(read("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     engine = config.engine if config and config.engine.kind == "vllm" else VllmEngineConfig()
     port = config.telemetry.prometheus_port if config else None
-    address = (config.pool.address if config else None) or os.environ.get("RAY_ADDRESS")
+    address = config.pool.address if config else os.environ.get("RAY_ADDRESS")
     return [
         machine.check_python(sys.version_info[:2]),
         machine.check_cpu(read("/proc/cpuinfo"), os.cpu_count() or 1, machine.usable_cpus()),

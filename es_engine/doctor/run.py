@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import Config, ModelConfig, PoolConfig, TinyModelConfig, uses_torch
-from es_engine.config.engine import CPU_KV_CACHE_GIB
+from es_engine.config.engine import CPU_KV_CACHE_GIB, EngineConfig
 from es_engine.doctor.base import GIB, Check, last_line
 from es_engine.doctor.software import Gpu
 
@@ -37,15 +37,18 @@ class ModelFacts:
         if "kv_lora_rank" in text or not (heads and width and text.get("num_hidden_layers")):
             return None
         head = text.get("head_dim") or width // heads
-        return 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head * self._number(dtype)
+        return 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head * BYTES.get(dtype, 2)
 
     def weights_in(self, dtype: str) -> int:
         """Bytes of its weights in a type."""
-        return self.weights * self._number(dtype) // self._number("auto")
+        return self.weights * BYTES.get(dtype, 2) // BYTES.get(self.dtype, 2)
 
-    def _number(self, dtype: str) -> int:
-        """Bytes of a number where the engine is told this type."""
-        return BYTES.get(self.dtype if dtype == "auto" else dtype, 2)
+    def dtype_in(self, engine: EngineConfig) -> str:
+        """The type in which an engine has its weights; vLLM's auto is one of 16 bits in place of 32."""
+        assert engine.kind != "simulated"
+        if engine.dtype != "auto":
+            return engine.dtype
+        return "bfloat16" if engine.kind == "vllm" and self.dtype == "float32" else self.dtype
 
 
 def check_model(model: ModelConfig) -> tuple[Check, ModelFacts | None]:
@@ -116,7 +119,7 @@ def check_kv_cache(config: Config, model: ModelFacts, gpus: Sequence[Gpu]) -> Ch
     engine = config.engine
     assert engine.kind == "vllm"
     context = engine.max_model_len or model.config.get("max_position_embeddings")
-    token = model.kv_bytes(engine.dtype)
+    token = model.kv_bytes(model.dtype_in(engine))
     if token is None or context is None:
         return Check("kv cache", "ok", "not known of a model of this kind")
     room = max(0, _kv_room(config, model, gpus))
@@ -137,7 +140,7 @@ def _kv_room(config: Config, model: ModelFacts, gpus: Sequence[Gpu]) -> int:
         return int(engine.kv_cache_gib * GIB) * devices
     if gpus:
         memory = engine.gpu_memory_utilization * min(gpu.total for gpu in gpus)
-        return int(memory) * devices - model.weights_in(engine.dtype)
+        return int(memory) * devices - model.weights_in(model.dtype_in(engine))
     return int(CPU_KV_CACHE_GIB * GIB)
 
 
@@ -148,7 +151,7 @@ def check_worker_memory(config: Config, model: ModelFacts, available: int, cpus:
     assert engine.kind != "simulated"
     workers = _workers(config.pool, cpus)
     twice = any(uses_torch(stage.method) for stage in config.by_stage)
-    weights = (2 if twice else 1) * model.weights_in(engine.dtype)
+    weights = (2 if twice else 1) * model.weights_in(model.dtype_in(engine))
     cache = int((engine.kv_cache_gib or CPU_KV_CACHE_GIB) * GIB) if engine.kind == "vllm" else 0
     needed = workers * (weights + cache)
     detail = f"{workers} workers with {weights / GIB:.1f} GiB of weights and {cache / GIB:.1f} of KV cache each"

@@ -5,16 +5,27 @@ from __future__ import annotations
 from rich.console import Console
 
 from es_engine.config import Config
+from es_engine.config.telemetry import TelemetryConfig
 from es_engine.run_folder import RunFolder
 from es_engine.telemetry.base import Broadcast, Telemetry
 from es_engine.telemetry.console import console_telemetry
 from es_engine.telemetry.log import LogTelemetry
 from es_engine.telemetry.mlflow import MlflowTelemetry
-from es_engine.telemetry.prometheus import PrometheusTelemetry, Workers
+from es_engine.telemetry.prometheus import PrometheusTelemetry, Workers, check_port
 from es_engine.telemetry.tensorboard import TensorBoardTelemetry
+from es_engine.telemetry.trackers import required
 from es_engine.telemetry.wandb import WandbTelemetry
 
-__all__ = ["Telemetry", "open_telemetry"]
+__all__ = ["Telemetry", "check_places", "open_telemetry"]
+
+
+def check_places(wanted: TelemetryConfig) -> None:
+    """Raises ValueError for a place that cannot be had, as far as that is known before there is a run."""
+    if wanted.prometheus_port is not None:
+        check_port(wanted.prometheus_host, wanted.prometheus_port)
+    for name, place in (("wandb", wanted.wandb), ("mlflow", wanted.mlflow)):
+        if place is not None:
+            required(name, f"telemetry.{name}", name)
 
 
 def open_telemetry(config: Config, folder: RunFolder, first_step: int, workers: Workers) -> Broadcast:

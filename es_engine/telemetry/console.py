@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from datetime import timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from es_engine.telemetry.base import Line, Telemetry
-from es_engine.text import discreet, visible
+from es_engine.text import discreet, duration, visible
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 60
@@ -103,7 +102,7 @@ def figures(line: Line) -> list[tuple[str, str]]:
     if line["worker_restarts"]:
         shown.append(("worker restarts", str(line["worker_restarts"])))
     if line["eta_seconds"] is not None:
-        shown.append(("ETA", str(timedelta(seconds=round(line["eta_seconds"])))))
+        shown.append(("ETA", duration(line["eta_seconds"])))
     return shown
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Protocol
 
@@ -66,20 +68,8 @@ class PrometheusTelemetry(Collector):
         self._set("run_info", 1, folder.path.resolve().name)
         registry = CollectorRegistry()
         registry.register(self)
-        try:
+        with _refusal_in_words(host, port):
             self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            reasons = {
-                errno.EADDRINUSE: "is in use",
-                errno.EACCES: "is reserved for the superuser",
-                errno.EADDRNOTAVAIL: "cannot be had: the machine has no such address",
-            }
-            if error.errno not in reasons:
-                raise
-            raise ValueError(
-                f"telemetry.prometheus_port: port {port} on {host} {reasons[error.errno]}; "
-                "accepted is a free port, 0 for any"
-            ) from error
         self.port = self._server.server_port
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -128,6 +118,9 @@ class PrometheusTelemetry(Collector):
     def _figures(self, split: str, reward: float | None, line: Line) -> None:
         self._set("reward", reward, split)
         self._set("accuracy", line["accuracy"], split)
+        known = self._values["reward_component"]
+        for labels in [labels for labels in known if labels[0] == split]:
+            del known[labels]
         for component, value in line["components"].items():
             self._set("reward_component", value, split, component)
 
@@ -168,6 +161,33 @@ class PrometheusTelemetry(Collector):
             "disk_free_bytes": {(): disk.free},
             "disk_size_bytes": {(): disk.total},
         }
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ValueError where the port is taken or may not be used."""
+    with (
+        _refusal_in_words(host, port),
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET),
+    ):
+        pass
+
+
+@contextmanager
+def _refusal_in_words(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: "is in use",
+            errno.EACCES: "is reserved for the superuser",
+            errno.EADDRNOTAVAIL: "cannot be had: the machine has no such address",
+        }
+        if error.errno not in reasons:
+            raise
+        raise ValueError(
+            f"telemetry.prometheus_port: port {port} on {host} {reasons[error.errno]}; "
+            "accepted is a free port, 0 for any"
+        ) from error
 
 
 def _worst(canaries: Iterable[CanaryReport]) -> Values:

@@ -36,6 +36,8 @@ class WandbTelemetry:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(**quiet),
         )
+        self._logs = run_dir / "wandb"
+        self._unlink_way_out()
         if self._run.url:
             tell(f"W&B: {self._run.url}")
 
@@ -50,3 +52,9 @@ class WandbTelemetry:
 
     def close(self, error: BaseException | None = None) -> None:
         self._run.finish(exit_code=0 if error is None else 1)
+        self._unlink_way_out()
+
+    def _unlink_way_out(self) -> None:
+        """W&B links to a log of its own in the user's cache, and nobody reads a run folder with a link out of it."""
+        for link in self._logs.glob("*/logs/debug-core.log"):
+            link.unlink(missing_ok=True)
