@@ -28,6 +28,9 @@ Line = dict[str, Any]
 LONGEST = 1 << 28
 """Bytes of a line: a generation of ten million rollouts has less."""
 
+LONGEST_SAMPLE = 1 << 26
+"""Bytes of a completion with its prompt and its scores."""
+
 WHERE_AND_WHEN = frozenset({"times", "workers", "restarts", "speculative", "rescored"})
 """Keys that tell two ledgers of the same run apart without making them different, beside the seconds in `costs`."""
 
@@ -137,6 +140,18 @@ class LedgerReader:
             ledger_lines.check(line)
         except ValueError as error:
             raise ValueError(f"{self.path}: line {self.lines_read} is none of a run's: {error}") from None
+
+
+def read_samples(path: Path) -> Iterator[Line]:
+    """The completions of an evaluation, one row each. Raises ValueError, naming file and line, for one that is none."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(iter(partial(file.readline, LONGEST_SAMPLE), b""), start=1):
+            try:
+                row: Line = json.loads(raw)
+                ledger_lines.check_sample(row)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is no completion of an evaluation ({error})") from None
+            yield row
 
 
 def running_costs(generations: Iterable[Line]) -> list[Costs]:

@@ -123,6 +123,9 @@ class _Generation(_Line):
 
 class _Evaluation(_Line):
     step: Count
+    problems: Count
+    samples: Count
+    tokens: Count
     reward: Number | None
     accuracy: Number | None
     reward_ci95: Annotated[list[Number], Field(min_length=2, max_length=2)] | None

@@ -228,7 +228,7 @@ def write_text(path: Path, text: str) -> None:
     partial = _partial(path)
     partial.unlink(missing_ok=True)
     try:
-        with partial.open("x") as file:  # a new one, where a link might lie
+        with partial.open("x", encoding="utf-8") as file:  # a new one, where a link might lie
             file.write(text)
         _sync(partial)
     except OSError:

@@ -45,6 +45,8 @@ def read_status(path: Path) -> Status:
         if not RunFolder(path).config_file.is_file():
             raise
         return Status(path, "unreadable", process, error=str(error))
+    except OSError as error:
+        return Status(path, "unreadable", process, error=str(error))
 
 
 @dataclass(slots=True)
@@ -74,7 +76,7 @@ def _read(folder: RunFolder, process: str | None) -> Status:
     config, past = folder.load_config(), _Past()
     for line in LedgerReader(folder.ledger_file).new_lines():
         past.add(line)
-    evaluations = list(LedgerReader(folder.eval_file).new_lines())
+    evaluations = [line for line in LedgerReader(folder.eval_file).new_lines() if line["kind"] == "evaluation"]
     evaluation = evaluations[-1] if evaluations else {}
     stage = config.stage_after(past.stages)
     spent = stage.budget.progress(past.step - past.first_step, past.costs)

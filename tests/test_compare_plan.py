@@ -18,6 +18,7 @@ from es_engine.compare.plan import (
     final_trials,
     open_folder,
     pending,
+    tuning_results,
     tuning_trials,
 )
 from es_engine.compare.progress import Progress
@@ -92,6 +93,16 @@ def test_equal_rewards_are_told_apart_by_accuracy_and_a_trial_without_reward_nev
     assert choose(comparison, tmp_path)["es"].number == 3
 
 
+def test_a_setting_that_gives_few_answers_which_can_be_scored_does_not_win_by_them(tmp_path: Path) -> None:
+    comparison = comparison_of(runs={"es": {"grid": {"optimizer.lr": [1.0, 2.0]}}})
+    sound, collapsed = tuning_trials(comparison)
+    before = np.linspace(0.0, 0.4, 8)
+    finish(sound, tmp_path, np.ones((2, 8)), np.stack([before, np.full(8, 0.5)]))
+    finish(collapsed, tmp_path, np.ones((2, 8)), np.stack([before, [1.0, *[np.nan] * 7]]))
+    assert choose(comparison, tmp_path)["es"].number == 1
+    assert tuning_results(comparison, tmp_path)["es"][1].reward == 1 / 8
+
+
 def test_an_unfinished_trial_decides_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tuning/es/trial-01: this trial is not finished"):
         choose(comparison_of(), tmp_path)
@@ -137,6 +148,13 @@ def test_a_comparison_that_was_killed_before_it_began_can_be_begun(tmp_path: Pat
     (tmp_path / "comparison.yaml.partial").write_text("name: me")
     open_folder(comparison_of(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.yaml"]
+
+
+def test_another_task_whose_problems_come_again_is_refused() -> None:
+    few = {"kind": "countdown", "template": "plain", "numbers": [2], "low": 1, "high": 2}
+    check_splits(comparison_of(other_tasks={"more": {**few, "high": 50}}))
+    with pytest.raises(ValueError, match=r"^run.evaluation.problems: got 16, but \d+ .* of other_tasks.few are"):
+        check_splits(comparison_of(other_tasks={"few": few}))
 
 
 def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 from run_folders import SHARED, comparison_of, finish, made_up_measures, write_run
 
+from es_engine.compare.held_out import correct_counts
 from es_engine.compare.measures import (
     BeforeAndAfter,
     Measures,
     SampledEvaluation,
     Scores,
-    correct_counts,
     read_measures,
     scores_of,
 )
@@ -84,8 +84,8 @@ def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
     assert found.costs == (Costs(), Costs(2000, 10_000, 2 * 10**9, 4.0), Costs(4000, 20_000, 4 * 10**9, 8.0))
     assert found.accuracy is not None
     assert found.accuracy.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
-    assert found.rewards[2].tolist() == pytest.approx([1, 0, 0, 1 / 3])
-    assert found.best == 2
+    assert found.rewards[2].tolist() == [1, 0, 0, 0]
+    assert found.best == 1
     assert (found.failed, found.constant, found.seconds, found.evaluating.generated) == (1 / 8, 1 / 4, 8.0, 3 * 64)
 
 
@@ -222,11 +222,11 @@ def test_a_single_problem_shows_no_spread(tmp_path: Path) -> None:
     assert (reward["mean"], reward["low"], found["pairs"][0]["p"]) == (0.3, None, None)
 
 
-def test_runs_without_verdicts_are_compared_by_rewards_of_those_that_have_one(tmp_path: Path) -> None:
+def test_runs_without_verdicts_are_compared_by_rewards_of_which_a_missing_one_is_the_lowest(tmp_path: Path) -> None:
     found = little(tmp_path, np.nan, [0.1, np.nan, 0.1, 0.4])
     figures = found["runs"]["es"]["figures"]
     assert {name.split("_")[0] for name in figures} == {"reward"}
-    assert figures["reward_final"]["mean"] == pytest.approx(0.2)
+    assert figures["reward_final"]["mean"] == pytest.approx((0.1 + 0.1 + 0.1 + 0.4) / 4)
     assert [(pair["figure"], pair["difference"], pair["p"]) for pair in found["pairs"]] == [("reward_final", 0, 1)]
     assert found["runs"]["es"]["thresholds"][0]["costs"]["steps"] is None
     assert tables(found)[0].heading == "Held-out reward"

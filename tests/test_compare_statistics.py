@@ -149,6 +149,8 @@ def test_area_is_the_mean_height_over_the_budget() -> None:
     assert area(costs, np.array([0.0, 1.0, 0.0]), 20) == pytest.approx((5 + 7.5) / 20)
     assert area(costs, np.array([0.0, 1.0, 0.5]), 60) == pytest.approx((5 + 15 + 15) / 60)
     assert area([0.0, 0.0, 0.0], np.array([0.1, 0.5, 0.9]), 10) == 0.9  # spends nothing of the budget
+    assert area([0.0, 10.0, 20.0, 20.0], np.array([0.0, 0.4, 0.4, 0.8]), 20) == pytest.approx(0.3)  # a last stage, too
+    assert area([0.0, 10.0, 20.0, 20.0], np.array([0.0, 0.4, 0.4, 0.8]), 40) == pytest.approx(0.55)
     several = area(costs, np.array([[0.0, 0.5], [1.0, 0.5], [1.0, 0.5]]), 30)
     assert several == pytest.approx([25 / 30, 0.5])
 

@@ -189,6 +189,17 @@ def test_evaluations_out_of_range_name_no_file(run: Path) -> None:
         read_run(run)
 
 
+def test_an_evaluation_without_what_is_drawn_of_it_is_refused_and_other_lines_are_nobodys_business(run: Path) -> None:
+    path = run / "eval.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "x", "reward": "a"}\n')
+    assert [line["step"] for line in read_run(run).evaluations] == [0, 2, 4]
+    assert read_status(run).reward == read_run(run).evaluations[-1]["reward"]
+    path.write_text(whole.replace('"problems"', '"questions"', 1))
+    with pytest.raises(ValueError, match=r"eval\.jsonl: line 1 is none of a run's: problems"):
+        read_run(run)
+
+
 @pytest.mark.parametrize(
     "line",
     ["[" * 10**5, "{}", '{"id": 1}', '{"id": "a", "prompt": "", "completion": "", "reward": 1e999, "accuracy": 1}'],

@@ -161,6 +161,18 @@ def test_runs_that_differ_in_seeds_only_are_one_group(runs: Path) -> None:
     ]
 
 
+def test_seeds_that_timed_their_chunks_differently_are_one_group(runs: Path) -> None:
+    one, other = (read_run(runs / f"es-seed{seed}") for seed in range(2))
+    timed = replace(other, config={**other.config, "engine": {**other.config["engine"], "chunk": 16}})
+    assert [len(group.runs) for group in group_runs([one, timed])] == [2]
+
+
+def test_groups_of_one_completion_are_not_counted_as_constant() -> None:
+    line = step_line("grpo", 0, random.Random(0)) | {"constant_groups": 2}
+    assert step_figures(line | {"rewards": [[1.0, 1.0], [0.0, 0.0]]})["constant"] == 1
+    assert "constant" not in step_figures(line | {"rewards": [[1.0], [0.0]]})
+
+
 def test_runs_of_a_comparison_are_called_by_their_methods(tmp_path: Path) -> None:
     """Their folders are called by their seeds, and their configs by both."""
     for method, seed in (("es", 1), ("es", 2), ("grpo", 1)):
@@ -192,6 +204,23 @@ def test_runs_are_found_below_folders_that_may_be_empty_or_missing(runs: Path, t
     assert [path.name for path in find_runs([runs])] == ["es-seed0", "es-seed1", "grpo-seed0", "grpo-seed1", "sft"]
 
 
+def test_a_folder_that_may_not_be_looked_into_is_for_its_reader_to_name(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may be run by root, who may look into all of them."""
+    for name in ("closed", "gone"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+
+    def listed(path: Path, real: Any = Path.iterdir) -> Any:
+        errors = {"closed": PermissionError, "gone": FileNotFoundError}
+        if path.name in errors:
+            raise errors[path.name](path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    assert find_runs([tmp_path / "a", runs / "sft"]) == [tmp_path / "a/closed", runs / "sft"]
+
+
 def test_seeds_are_averaged_over_what_they_had_spent_alike() -> None:
     one, other = series("a", [0, 10, 20], [0, 1, 2]), series("b", [0, 20, 40], [2, 2, 6])
     mean = mean_over("generated", [one, other])
@@ -204,6 +233,11 @@ def test_seeds_are_averaged_over_what_they_had_spent_alike() -> None:
 def test_seeds_that_spend_nothing_of_a_budget_are_averaged_by_steps() -> None:
     mean = mean_over("generated", [series("a", [0, 0], [1, 2]), series("b", [0, 0], [3, 4])])
     assert (mean.x.tolist(), mean.y.tolist()) == ([0, 0], [2, 3])
+
+
+def test_a_stage_that_spends_nothing_of_a_budget_stands_upright_in_the_mean() -> None:
+    mean = mean_over("generated", [series("a", [0, 0, 10], [1, 2, 5]), series("b", [0, 0, 20], [3, 4, 7])])
+    assert (mean.x.tolist(), mean.y.tolist()) == ([0, 0, 15], [2, 3, 6])
 
 
 def test_a_curve_leaves_out_steps_without_the_figure_and_runs_without_any() -> None:
@@ -247,6 +281,12 @@ def test_samples_that_do_not_fit_are_left_out_evenly_and_counted(tmp_path: Path)
     (places,) = {tuple(keys) for keys in kept.values()}
     assert 10 < len(places) < 40
     assert len(json.dumps(few)) < 60_000
+
+
+def test_two_evaluations_have_all_the_room(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", steps=20, every=20, problems=40, completions=["x" * 500]))
+    size = len(json.dumps(samples(group_runs([run]))))
+    assert len(samples(group_runs([run]), room=size * 3 // 2)["runs"][0]["steps"]["0"]) == 40
 
 
 def test_a_completion_that_alone_takes_more_than_the_room_is_kept(tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ def test_a_live_page_follows_the_run_and_keeps_what_was_chosen(
         page = reader.page
         reader.choose("axis", "steps")
         reader.choose("sample-filter", "best")
+        page.add_style_tag(content=".scroll { max-height: 60px !important }")
+        page.click("#plot-held-out summary")
+        page.wait_for_selector("#plot-held-out .scroll")
+        page.evaluate("document.querySelector('#plot-held-out .scroll').scrollTo(0, 30)")
         page.focus("#sample-search")
         page.evaluate("window.scrollTo(0, 700)")
         assert reader.line("run") == [0, 2, 4]
@@ -218,6 +222,29 @@ def test_a_live_page_follows_the_run_and_keeps_what_was_chosen(
         assert page.input_value("#axis") == "steps"
         assert page.input_value("#sample-filter") == "best"
         assert page.evaluate("[document.activeElement.id, window.scrollY]") == ["sample-search", 700]
+        assert page.locator("#plot-held-out tbody tr").count() == 4
+        assert page.evaluate("document.querySelector('#plot-held-out .scroll').scrollTop") == 30
+
+        page.evaluate("document.querySelector('#sample-list').firstElementChild.dataset.read = ''")
+        write_run(tmp_path / "other", "grpo")
+        page.wait_for_selector("#sample-run option:nth-child(2)", state="attached")
+        assert page.locator("#sample-list [data-read]").count() == 1
+        server.shutdown()
+        reader.close()
+
+
+def test_a_live_page_that_began_empty_takes_the_axis_that_suits_its_runs(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SHARE_OF_TIME", float("inf"))
+    with watch.WatchServer([tmp_path]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reader = Reader(browser, server.url)
+        write_run(tmp_path / "sft", "sft")
+        reader.page.wait_for_selector("#plot-held-out")
+        reader.wait()
+        assert reader.page.input_value("#axis") == "processed"
+        assert reader.line("sft") == [0, 100, 200, 300]
         server.shutdown()
         reader.close()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from report_runs import write_run
 
-from es_engine.report import watch
+from es_engine.report import RunData, watch
 from es_engine.report.watch import WatchServer
 
 
@@ -57,6 +57,25 @@ def test_a_damaged_run_is_named_and_hides_no_other(server: WatchServer, tmp_path
     data = json.loads(ask(server, "/data.json")[1])
     assert [group["label"] for group in data["groups"]] == ["es"]
     assert ["line 1 is damaged" in problem for problem in data["problems"]] == [True]
+
+
+def test_a_run_that_may_not_be_read_is_named_and_hides_no_other(
+    server: WatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may be run by root, who may read all of them."""
+    write_run(tmp_path / "runs/es")
+    write_run(tmp_path / "runs/closed")
+
+    class Reader(watch.RunReader):
+        def read(self) -> RunData:
+            if self.folder.path.name == "closed":
+                raise PermissionError("closed may not be read")
+            return super().read()
+
+    monkeypatch.setattr(watch, "RunReader", Reader)
+    data = json.loads(ask(server, "/data.json")[1])
+    assert [group["label"] for group in data["groups"]] == ["es"]
+    assert data["problems"] == ["closed may not be read"]
 
 
 def test_a_run_that_was_begun_anew_is_read_anew(server: WatchServer, tmp_path: Path) -> None:

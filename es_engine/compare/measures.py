@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from es_engine.compare.held_out import problem_accuracy, problem_rewards
 from es_engine.compare.plan import MEASURES_FILE
-from es_engine.methods.rollouts import mean_of_samples
 from es_engine.run_folder import write_text
-
-Array = npt.NDArray[np.float64]
 
 
 class _Data(BaseModel):
@@ -81,7 +78,7 @@ def read_measures(run: Path) -> Measures:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the run is not finished")
     try:
-        return Measures.model_validate_json(path.read_text())
+        return Measures.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise ValueError(f"{path}: not the measures of a run ({error.errors()[0]['msg']})") from error
 
@@ -94,29 +91,3 @@ def scores_of(rows: Sequence[Mapping[str, Any]], samples: int) -> Scores:
         rewards=tuple(None if np.isnan(value) else float(value) for value in rewards),
         accuracy=None if accuracy is None else tuple(accuracy.tolist()),
     )
-
-
-def problem_rewards(rows: Sequence[Mapping[str, Any]], samples: int) -> Array:
-    """The mean reward (P,) of each problem's scored completions, NaN where none is scored."""
-    return mean_of_samples(_figures(rows, samples, "reward")[None])[0]
-
-
-def problem_accuracy(rows: Sequence[Mapping[str, Any]], samples: int) -> Array | None:
-    """The mean accuracy (P,) of each problem's completions, of which one without a verdict solved nothing; None where
-    none has a verdict."""
-    accuracy = _figures(rows, samples, "accuracy")
-    return None if np.isnan(accuracy).all() else np.nan_to_num(accuracy).mean(axis=1)
-
-
-def correct_counts(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[int, ...] | None:
-    """How many completions of each problem are right; None where none has a verdict."""
-    accuracy = _figures(rows, samples, "accuracy")
-    if np.isnan(accuracy).all():
-        return None
-    return tuple(int(count) for count in (np.nan_to_num(accuracy) >= 1).sum(axis=1))
-
-
-def _figures(rows: Sequence[Mapping[str, Any]], samples: int, figure: str) -> Array:
-    """A figure of each completion, (P, samples), NaN where it has none."""
-    values = [np.nan if row[figure] is None else float(row[figure]) for row in rows]
-    return np.array(values, dtype=np.float64).reshape(-1, samples)

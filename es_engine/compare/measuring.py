@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from es_engine.compare.held_out import correct_counts
 from es_engine.compare.measures import (
     BeforeAndAfter,
     DeltaNorm,
@@ -14,7 +15,6 @@ from es_engine.compare.measures import (
     Measures,
     SampledEvaluation,
     Scores,
-    correct_counts,
     scores_of,
 )
 from es_engine.config import ComparisonConfig, Config, MultiTurnTaskConfig, on_other_task

@@ -5,7 +5,6 @@ Shapes: E evaluations, P held-out problems.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.compare.measures import Measures, problem_accuracy, problem_rewards, read_measures
+from es_engine.compare.held_out import held_out_scores
+from es_engine.compare.measures import Measures, read_measures
 from es_engine.compare.plan import Trial
 from es_engine.costs import Costs
 from es_engine.ledger import Line, running_costs
@@ -27,11 +27,11 @@ class Outcome:
     """A finished final run.
 
     `steps`, `costs`, `rewards` (E, P) and `accuracy` (E, P; None where the task knows no right and wrong) are those of
-    its held-out evaluations: the first is before training, the last after it. A problem without a score has the mean
-    reward of the others, so that means are those of the scored. `evaluating` are the costs of the evaluations, which
-    count against no budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts
-    without a score; `constant` that of the groups (of ES, the members) whose rewards are all equal; both are None for
-    methods without rollouts. One that `diverged` ended early: its last evaluation is where its last step had led.
+    its held-out evaluations: the first is before training, the last after it. A problem without a score has the lowest
+    reward of all of them. `evaluating` are the costs of the evaluations, which count against no budget; `seconds` are
+    those of all steps by the clock. `failed` is the share of training rollouts without a score; `constant` that of the
+    groups (of ES, the members) whose rewards are all equal or missing; both are None for methods without rollouts. One
+    that `diverged` ended early: its last evaluation is where its last step had led.
     """
 
     trial: Trial
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def best(self) -> int:
-        """Which evaluation had the highest mean reward, the first of equals: that of the run's `best` adapter."""
+        """Which evaluation had the highest mean reward, the first of equals."""
         return int(np.argmax(self.rewards.mean(axis=1)))
 
 
@@ -65,41 +65,20 @@ def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
     lines = folder.open_ledger().generations
     evaluations = folder.open_evaluations().lines
     spent = running_costs(lines)
-    rows = [_rows(folder, line) for line in evaluations]
-    samples = [line["samples"] for line in evaluations]
-    accuracy = [problem_accuracy(each, count) for each, count in zip(rows, samples, strict=True)]
+    rewards, accuracy = held_out_scores(folder, evaluations)
     return Outcome(
         trial=trial,
         diverged=trial.diverged(comparison_folder),
         steps=tuple(line["step"] for line in evaluations),
         costs=tuple(spent[line["step"]] for line in evaluations),
-        rewards=np.stack([filled(problem_rewards(each, n)) for each, n in zip(rows, samples, strict=True)]),
-        accuracy=_stacked(accuracy),
+        rewards=rewards,
+        accuracy=accuracy,
         evaluating=sum((Costs.from_json(line["costs"]) for line in evaluations), Costs()),
         seconds=float(sum(line["times"]["total"] for line in lines)),
         failed=_failed(lines),
         constant=_constant(lines),
         measures=read_measures(folder.path),
     )
-
-
-def _rows(folder: RunFolder, evaluation: Line) -> list[Line]:
-    path = folder.samples_file(evaluation["step"])
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but the run was evaluated after step {evaluation['step']}")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def filled(rewards: Array) -> Array:
-    """Rewards (P,) with the mean of the scored for those that are not; zeros where none is."""
-    scored = rewards[~np.isnan(rewards)]
-    return np.where(np.isnan(rewards), scored.mean() if len(scored) else 0.0, rewards)
-
-
-def _stacked(accuracy: Sequence[Array | None]) -> Array | None:
-    """Accuracies (E, P), 0 in an evaluation without a verdict; None where no evaluation has any."""
-    known = [each for each in accuracy if each is not None]
-    return np.stack([np.zeros_like(known[0]) if each is None else each for each in accuracy]) if known else None
 
 
 def _failed(lines: Sequence[Line]) -> float | None:

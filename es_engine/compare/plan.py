@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from es_engine.compare.held_out import held_out_scores
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
 from es_engine.config.comparison import Setting
 from es_engine.run_folder import RunFolder, is_free, refuse_ways_out, write_text
@@ -141,8 +142,15 @@ def tuning_results(comparison: ComparisonConfig, folder: Path) -> dict[str, list
 def _result(trial: Trial, folder: Path) -> TrialResult:
     if trial.diverged(folder):
         return TrialResult(trial, None, None, diverged=True)
-    last = RunFolder(folder / trial.folder).open_evaluations().lines[-1]
-    return TrialResult(trial, last["reward"], last["accuracy"])
+    run = RunFolder(folder / trial.folder)
+    evaluations = run.open_evaluations().lines
+    rewards, accuracy = held_out_scores(run, evaluations)
+    scored = any(line["reward"] is not None for line in evaluations)
+    return TrialResult(
+        trial,
+        float(rewards[-1].mean()) if scored else None,
+        None if accuracy is None else float(accuracy[-1].mean()),
+    )
 
 
 def choose(comparison: ComparisonConfig, folder: Path) -> dict[str, Choice]:
@@ -182,17 +190,19 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
 
 
 def check_splits(comparison: ComparisonConfig) -> None:
-    """Raises ValueError for a task of too few held-out problems: where test problems would come again and again, or a
-    validation problem would also be a test problem."""
+    """Raises ValueError for a task of too few held-out problems: where test problems, or those of another task, would
+    come again and again, or a validation problem would also be a test problem."""
     run = next(iter(comparison.runs))
     trial, final = comparison.trial(run, 1), comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
     task = trial.task.build()
     _refuse_repeated(task, final.evaluation.numbers)
+    for name, other in comparison.other_tasks.items():
+        _refuse_repeated(other.build(), final.evaluation.numbers, f" of other_tasks.{name}")
     if comparison.tunes:
         _refuse_shared(task, final.evaluation.numbers, trial.evaluation.numbers)
 
 
-def _refuse_repeated(task: Task, test: range) -> None:
+def _refuse_repeated(task: Task, test: range, whose: str = "") -> None:
     """Each problem counts as one of its own in intervals and tests; a few that came twice by chance do no harm."""
     known: set[object] = set()
     repeated = 0
@@ -202,8 +212,8 @@ def _refuse_repeated(task: Task, test: range) -> None:
         known |= identities
     if repeated > MOST_REPEATED * len(test):
         raise ValueError(
-            f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems are the same as "
-            "others: the task has too few, and intervals would be too narrow"
+            f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems{whose} are the same "
+            "as others: the task has too few, and intervals would be too narrow"
         )
 
 

@@ -123,7 +123,6 @@ def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folde
     run, config = RunFolder(folder / trial.folder), session.materials.config
     theta = restore(Stages(run.load_config(), session.materials), run, run.open_ledger()).theta
     before = _base_scores(session, comparison, config, folder / BASE)
-    session.turn_to(config)
     write_measures(run.path, measure(session, comparison, theta, before))
 
 
@@ -136,8 +135,10 @@ def _groups(comparison: ComparisonConfig, folder: Path) -> list[RunGroup]:
 
 
 def _base_scores(session: Session, comparison: ComparisonConfig, config: Config, file: Path) -> dict[str, Scores]:
-    """What the base model scores at the other tasks: found once, and kept in a file."""
+    """What the base model scores at the other tasks: found once, and kept in a file. The session serves the run again
+    afterwards."""
     if not file.is_file():
         found = measure_base(session, comparison, config)
+        session.turn_to(config)
         write_text(file, json.dumps({name: scores.model_dump() for name, scores in found.items()}, indent=2) + "\n")
     return {name: Scores.model_validate(scores) for name, scores in json.loads(file.read_text()).items()}

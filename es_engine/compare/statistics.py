@@ -168,12 +168,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def area(costs: Sequence[float], values: Array, budget: float) -> Array:
     """The mean height, over a budget, of curves through values (E, ...) at costs that do not fall, the first 0: the
     area of trapezoids over [0, budget] by the budget. Past the last point a curve goes on level."""
-    inside = [*(cost for cost in costs if cost < budget), budget]
-    flat = values.reshape(len(costs), -1)
-    heights = np.stack([np.interp(inside, costs, curve) for curve in flat.T], axis=-1)
-    widths = np.diff(inside)[:, None]
-    areas: Array = (widths * (heights[1:] + heights[:-1]) / 2).sum(axis=0)
-    return areas.reshape(values.shape[1:]) / budget
+    inside = int(np.searchsorted(costs, budget))  # points before the budget's end
+    end = values[-1]
+    if inside < len(costs):
+        before, after = costs[inside - 1], costs[inside]
+        end = values[inside - 1] + (budget - before) / (after - before) * (values[inside] - values[inside - 1])
+    areas: Array = np.trapezoid(np.concatenate([values[:inside], end[None]]), [*costs[:inside], budget], axis=0)
+    return areas / budget
 
 
 def cost_to_reach(costs: Sequence[float], values: Sequence[float], threshold: float) -> float | None:

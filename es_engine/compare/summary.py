@@ -14,8 +14,9 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from es_engine.compare.held_out import filled
 from es_engine.compare.measures import Scores
-from es_engine.compare.outcome import Outcome, filled, read_outcome
+from es_engine.compare.outcome import Outcome, read_outcome
 from es_engine.compare.plan import Choice, choose, final_trials, tuning_results
 from es_engine.compare.statistics import (
     Interval,
@@ -188,8 +189,8 @@ def _other_task(outcomes: Sequence[Outcome], name: str) -> Data:
     """Held-out ability at another task before and after, and the change, paired over its problems."""
     both = [each.measures.other_tasks[name] for each in outcomes]
     by_accuracy = all(scores.accuracy is not None for each in both for scores in (each.before, each.after))
-    before, after = (
-        np.stack([_of_task(getattr(each, when), by_accuracy) for each in both]) for when in ("before", "after")
+    before, after = filled(
+        np.array([[_of_task(getattr(each, when), by_accuracy) for each in both] for when in ("before", "after")])
     )
     interval = share_interval if by_accuracy else mean_interval
     return {
@@ -203,7 +204,7 @@ def _other_task(outcomes: Sequence[Outcome], name: str) -> Data:
 def _of_task(scores: Scores, by_accuracy: bool) -> Array:
     if by_accuracy:
         return np.array(scores.accuracy, dtype=np.float64)
-    return filled(np.array([np.nan if reward is None else reward for reward in scores.rewards]))
+    return np.array(scores.rewards, dtype=np.float64)  # None becomes NaN
 
 
 def _curve(outcome: Outcome) -> Data:

@@ -178,7 +178,7 @@ def _distance(summary: Data) -> Table:
 def _rollouts(summary: Data) -> Table:
     text = (
         "Of the rollouts that a run learned from, the share that got no score, and of its groups of completions (of "
-        "ES, its members) the share whose rewards were all equal. Means over seeds, least to most."
+        "ES, its members) the share whose rewards were all equal or missing. Means over seeds, least to most."
     )
     columns = ["run", "failed rollouts", "constant groups"]
     return Table("Training rollouts", text, columns, _observed(summary, ["failed", "constant"], _percent))

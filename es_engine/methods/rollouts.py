@@ -145,7 +145,7 @@ def mean_components(results: Sequence[ChunkResult]) -> dict[str, float | None]:
 
 
 def constant_rows(rewards: Array) -> int:
-    """How many rows of rewards hold no two that differ, those that are NaN left out: nothing is learned from them."""
+    """How many rows of rewards hold no two that differ, those that are NaN left out."""
     highest, lowest = np.nanmax(rewards, axis=1, initial=-np.inf), np.nanmin(rewards, axis=1, initial=np.inf)
     return int((highest <= lowest).sum())
 

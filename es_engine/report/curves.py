@@ -83,8 +83,9 @@ def thin(series: Series, most: int = POINTS) -> Series:
 
 def mean_over(axis: str, series: Sequence[Series]) -> Points:
     """The mean of several series over an axis, with the range of them, where all of them have values: at every point
-    that one of them has, interpolated for the others. Over an axis on which they stand still, it is taken by steps."""
-    along = axis if all(np.ptp(each.spent[axis]) > 0 for each in series) else "steps"
+    that one of them has, interpolated for the others. Over an axis on which one stands still for a while, it is taken
+    by steps."""
+    along = axis if all((np.diff(each.spent[axis]) > 0).all() for each in series) else "steps"
     start = max(each.spent[along][0] for each in series)
     end = min(each.spent[along][-1] for each in series)
     grid = np.unique(np.concatenate([each.spent[along] for each in series]))

@@ -35,8 +35,8 @@ AXES = {
 """What curves can be drawn over, with how an axis is called."""
 
 QUANTILES = {"lowest": 0.0, "lower quarter": 0.25, "median": 0.5, "upper quarter": 0.75, "highest": 1.0}
-OF_NO_METHOD = ("name", "seed", "space.seed", "pool.", "telemetry.")
-"""What may differ between the configs of seeds of the same method."""
+OF_NO_METHOD = ("name", "seed", "space.seed", "pool.", "telemetry.", "engine.chunk")
+"""What may differ between the configs of seeds of the same method; `engine.chunk: auto` is timed by each run anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ class RunReader:
         """The run as it is now. Raises ValueError if its files are damaged, or lead elsewhere by now."""
         refuse_ways_out(self.folder.path)
         finished = self.folder.adapter.is_dir()
-        self._evaluated |= {line["step"]: line for line in self._evaluations.new_lines()}
+        evaluations = (line for line in self._evaluations.new_lines() if line["kind"] == "evaluation")
+        self._evaluated |= {line["step"]: line for line in evaluations}
         for line in self._ledger.new_lines():  # after the evaluations, so that the steps before them are there
             if line["kind"] == "generation":
                 self._steps.append(step_figures(line))
@@ -151,15 +152,20 @@ def read_run(path: Path) -> RunData:
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders among paths, and those below the others, where links are not followed. A folder may still be
-    empty, or not be there."""
+    empty, or not be there; one that may not be looked into counts as a run, which whoever reads it is told."""
     found: dict[Path, None] = {}
     todo = list(paths)[::-1]
     while todo:
         path = todo.pop()
-        if _is_run(path):
+        try:
+            if _is_run(path):
+                found[path] = None
+            elif path.is_dir():
+                todo += sorted((inner for inner in path.iterdir() if not inner.is_symlink()), reverse=True)
+        except FileNotFoundError:
+            continue  # it went meanwhile
+        except PermissionError:
             found[path] = None
-        elif path.is_dir():
-            todo += sorted((inner for inner in path.iterdir() if not inner.is_symlink()), reverse=True)
     return list(found)
 
 
@@ -191,11 +197,12 @@ def step_figures(line: Line) -> dict[str, float]:
         named["truncated"] = line["truncated"] / rollouts
         named["looped"] = line["looped"] / rollouts
         named["unscored"] = min(1.0, sum(_failures(line).values()) / rollouts)  # parts of a sum fail one by one
-    if line.get("rewards"):
+    rewards = line.get("rewards") or []
+    if any(len(row) > 1 for row in rewards):  # a row of one is constant whatever it is
         constant = line.get("constant_members", line.get("constant_groups"))
-        named["constant"] = None if constant is None else constant / len(line["rewards"])
-    if "members" in line:
-        named |= _prefixed("population", population(line["fitness"] if "fitness" in line else line["rewards"]))
+        named["constant"] = None if constant is None else constant / len(rewards)
+    if "members" in line and (fitness := line.get("fitness") or rewards):
+        named |= _prefixed("population", population(fitness))
     return {name: float(value) for name, value in named.items() if value is not None}
 
 

@@ -16,14 +16,15 @@
   const SHORT_CELL = 28;
   const SHORT_ANSWER = 80;
   const SHORT_PROMPT = 400;
-  const LONG_TEXT = 800;
+  const LONG_TEXT = 500; // letters or, sooner, lines, of which a phone may not show all at once
+  const LONG_LINES = 15;
   const INVISIBLE = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\u2028\u2029]/gu;
 
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
   const state = {
-    axis: data.axis, seeds: false, bands: data.groups.length <= CLEAR_BANDS, hidden: new Set(), variants: {},
-    run: null, before: null, after: null, filter: "all", search: "", page: 0, drawnSamples: null, config: null,
+    axis: null, seeds: false, bands: null, hidden: new Set(), variants: {}, // null: what suits the data
+    run: null, before: null, after: null, filter: "all", search: "", page: 0, drawnSamples: null, listed: null, config: null,
   };
   const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 
@@ -87,15 +88,21 @@
     return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
   }
 
-  function showTable(place, table) {
+  /** Puts a table where one was, scrolled and focused as that, or at the end. */
+  function putTable(place, made) {
     const old = place.querySelector(".scroll");
-    const [left, focused] = [old?.scrollLeft ?? 0, old !== null && old === document.activeElement];
-    place.replaceChildren(el("p", { class: "note" }, visible(table.text)));
-    if (!table.rows.length) return;
-    place.append(tableOf(table.columns, table.rows, table.heading));
-    const made = place.lastElementChild;
-    made.scrollLeft = left;
+    const [left, top, focused] = [old?.scrollLeft ?? 0, old?.scrollTop ?? 0, old !== null && old === document.activeElement];
+    if (old) old.replaceWith(made);
+    else place.append(made);
+    made.scrollTo(left, top);
     if (focused) made.focus({ preventScroll: true });
+  }
+
+  function showTable(place, table) {
+    const note = place.querySelector(".note") ?? place.appendChild(el("p", { class: "note" }));
+    note.replaceChildren(visible(table.text));
+    if (table.rows.length) putTable(place, tableOf(table.columns, table.rows, table.heading));
+    else place.querySelector(".scroll")?.remove();
   }
 
   // --- colours ---
@@ -121,6 +128,8 @@
 
   // --- plots ---
 
+  const axis = () => state.axis ?? data.axis;
+  const withBands = () => state.bands ?? data.groups.length <= CLEAR_BANDS;
   const labelText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const shortened = (text) => (text.length > 22 ? `${text.slice(0, 12)}…${text.slice(-9)}` : text);
   const variantOf = (plot) => plot.variants.find((each) => each.name === state.variants[plot.name]) ?? plot.variants[0];
@@ -128,7 +137,7 @@
   const hides = (style) => state.hidden.has(data.groups[style].label);
 
   function pointsOf(curve) {
-    const [x, y, bands] = curve.points[state.axis];
+    const [x, y, bands] = curve.points[axis()];
     return { x: data.arrays[x], y: data.arrays[y], bands: bands.map((band) => band.map((place) => data.arrays[place])) };
   }
 
@@ -136,7 +145,7 @@
     const tone = colour(curve.style, which);
     const { x, y, bands } = pointsOf(curve);
     const traces = [];
-    (state.bands || plot.name === "population" ? bands : []).forEach(([low, high], place) => {
+    (withBands() || plot.name === "population" ? bands : []).forEach(([low, high], place) => {
       const there = x.map((_, point) => point).filter((point) => low[point] !== null && high[point] !== null);
       if (!there.length) return;
       const edge = { x: there.map((point) => x[point]), mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
@@ -173,7 +182,7 @@
   }
 
   function layoutOf(plot, width, ink, rule) {
-    const axis = { gridcolor: rule, zerolinecolor: rule, linecolor: rule, automargin: true, exponentformat: "SI" };
+    const line = { gridcolor: rule, zerolinecolor: rule, linecolor: rule, automargin: true, exponentformat: "SI" };
     const layout = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
       font: { family: "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif", size: 13, color: ink },
@@ -183,13 +192,13 @@
     if (plot.kind === "bars") {
       const shown = plot.labels.map((_, group) => group).filter((group) => !hides(group));
       layout.height = 90 + 34 * Math.max(2, shown.length);
-      layout.xaxis = { ...axis, title: { text: plot.unit } };
+      layout.xaxis = { ...line, title: { text: plot.unit } };
       const names = shown.map((group) => labelText(shortened(plot.labels[group])));
-      layout.yaxis = { ...axis, tickvals: shown, ticktext: names, autorange: "reversed", gridcolor: "rgba(0,0,0,0)" };
+      layout.yaxis = { ...line, tickvals: shown, ticktext: names, autorange: "reversed", gridcolor: "rgba(0,0,0,0)" };
     } else {
       const variant = variantOf(plot);
-      layout.xaxis = { ...axis, title: { text: data.axes[state.axis] }, nticks: width < 500 ? 5 : 9 };
-      layout.yaxis = { ...axis, title: { text: labelText(variant.label) }, tickformat: variant.share ? "~%" : "" };
+      layout.xaxis = { ...line, title: { text: data.axes[axis()] }, nticks: width < 500 ? 5 : 9 };
+      layout.yaxis = { ...line, title: { text: labelText(variant.label) }, tickformat: variant.share ? "~%" : "" };
     }
     return layout;
   }
@@ -237,12 +246,11 @@
       if (!values.length) return `${curve.label}: nothing yet.`;
       return `${curve.label}: ${number(values[0])} first, ${number(values.at(-1))} last, ${number(most)} at most.`;
     });
-    return `Line chart of ${variantOf(plot).label.toLowerCase()} over ${data.axes[state.axis].toLowerCase()}. ${sentences.join(" ")}`;
+    return `Line chart of ${variantOf(plot).label.toLowerCase()} over ${data.axes[axis()].toLowerCase()}. ${sentences.join(" ")}`;
   }
 
   function showNumbers(plot, place) {
-    place.querySelector(".scroll")?.remove();
-    place.append(plot.kind === "bars" ? barNumbers(plot) : curveNumbers(plot));
+    putTable(place, plot.kind === "bars" ? barNumbers(plot) : curveNumbers(plot));
   }
 
   function barNumbers(plot) {
@@ -261,7 +269,7 @@
     const widest = Math.max(3, ...rows.map((row) => row.length));
     const edges = widest > 5 ? ["Lowest", "Highest", "Lower quarter", "Upper quarter"] : ["Low", "High"];
     const padded = rows.map((row) => [...row, ...Array(widest - row.length).fill(null)]);
-    return tableOf(["Curve", data.axes[state.axis], variant.label, ...edges.slice(0, widest - 3)], padded, plot.title);
+    return tableOf(["Curve", data.axes[axis()], variant.label, ...edges.slice(0, widest - 3)], padded, plot.title);
   }
 
   async function download(plot) {
@@ -314,6 +322,7 @@
   /** Draws plot after plot, with a breath between them, so that the page answers meanwhile. */
   function drawAll() {
     data.plots.forEach(describe);
+    stale.clear();
     for (const plot of data.plots) stale.add(plot.name);
     delete document.body.dataset.drawn;
     if (!waiting) drawNext();
@@ -328,7 +337,8 @@
   }
 
   function showControls() {
-    fill(byId("axis"), Object.entries(data.axes), state.axis);
+    fill(byId("axis"), Object.entries(data.axes), axis());
+    byId("bands").checked = withBands();
     byId("seeds-label").hidden = data.groups.every((group) => group.runs.length < 2);
     const place = byId("shown");
     place.hidden = data.groups.length < 2;
@@ -401,8 +411,8 @@
   }
 
   function textBlock(text) {
-    const long = text.length > LONG_TEXT ? { tabindex: "0" } : {};
-    return el("pre", { dir: "auto", ...long }, text ? visible(text) : el("span", { class: "invisible" }, "empty"));
+    const long = text.length > LONG_TEXT || text.split("\n").length > LONG_LINES;
+    return el("pre", { dir: "auto", ...(long ? { tabindex: "0" } : {}) }, text ? visible(text) : el("span", { class: "invisible" }, "empty"));
   }
 
   /** A text under its name, or beside it where it is short. */
@@ -428,7 +438,7 @@
   function changeOf({ before, after, change }) {
     const kind = change > 0 ? "rose" : change < 0 ? "fell" : "same";
     const sign = { rose: "▲ rose", fell: "▼ fell", same: "unchanged" }[kind];
-    if (!before) return el("span", { class: "change" }, `reward ${number(after.reward)}`);
+    if (!before || before.reward === null || after.reward === null) return el("span", { class: "change" }, `reward ${number(after.reward)}`);
     return el("span", { class: `change ${kind}` }, `reward ${number(before.reward)} → ${number(after.reward)} ${sign}`);
   }
 
@@ -447,6 +457,7 @@
     return made;
   }
 
+  /** The list itself only where it has changed: somebody may be reading in it. */
   function showSamples() {
     const found = listed();
     const pages = Math.max(1, Math.ceil(found.length / PAGE_SIZE));
@@ -458,7 +469,18 @@
     byId("sample-count").textContent = found.length ? `${start + 1} to ${end} of ${found.length}` : "none";
     byId("sample-previous").disabled = state.page === 0;
     byId("sample-next").disabled = state.page >= pages - 1;
-    byId("sample-list").replaceChildren(...found.slice(start, end).map(article));
+    const list = found.slice(start, end);
+    const sides = ["sample-before", "sample-after"].map((id) => byId(id).value);
+    const text = JSON.stringify([sides, list.map(({ before, after }) => [spelled(before), spelled(after)])]);
+    if (state.listed === text) return;
+    state.listed = text;
+    byId("sample-list").replaceChildren(...list.map(article));
+  }
+
+  /** A completion with its texts in place of where they are. */
+  function spelled(row) {
+    const { texts } = data.samples;
+    return row && { ...row, key: texts[row.key], prompt: texts[row.prompt], answer: texts[row.answer] };
   }
 
   function leftOut(run) {
@@ -537,14 +559,14 @@
     try {
       const answer = await fetch("data.json", { headers: etag ? { "If-None-Match": etag } : {}, cache: "no-store" });
       if (answer.ok) {
-        data = await answer.json();
+        data = await answer.json(); // SyntaxError where another server answers
         etag = answer.headers.get("ETag");
         show();
       } else {
         lost = answer.status !== 304;
       }
     } catch (error) {
-      if (!(error instanceof TypeError)) throw error; // what fetch raises where nobody answers
+      if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error; // TypeError: nobody answers
       lost = true;
     }
     const text = lost ? "The live view has lost its server, and goes on asking." : "Live: the page follows the runs.";
@@ -558,7 +580,6 @@
 
   for (const form of document.querySelectorAll("form")) form.addEventListener("submit", (event) => event.preventDefault());
   onChange("axis", "change", (select) => { state.axis = select.value; drawAll(); });
-  byId("bands").checked = state.bands;
   onChange("bands", "change", (box) => { state.bands = box.checked; drawAll(); });
   onChange("seeds", "change", (box) => { state.seeds = box.checked; drawAll(); });
   onChange("theme", "change", (select) => { document.documentElement.dataset.theme = select.value; showControls(); drawAll(); });

@@ -232,7 +232,10 @@ def _state(group: RunGroup) -> str:
 
 def _before_and_after(group: RunGroup, figure: str, form: str) -> str:
     evaluated = [run.evaluations for run in group.runs if run.evaluations]
-    ends = [_mean([lines[end][figure] for lines in evaluated]) for end in (0, -1)]
+    ends = [
+        _mean([lines[end][figure] for lines in evaluated])
+        for end in ((0, -1) if any(len(lines) > 1 for lines in evaluated) else (0,))
+    ]
     return " → ".join(format(value, form) for value in ends if value is not None) or "–"
 
 

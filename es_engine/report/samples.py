@@ -1,27 +1,24 @@
 """Held-out completions for the page: as many as the file has room for.
 
 The same problems are kept of every evaluation, so that what changed can be read side by side: of a run's share of the
-room, half goes to its first and last evaluation, and the rest to evaluations evenly spaced between them.
+room, half goes to its first and last evaluation, and the rest to evaluations evenly spaced between them, if there are
+any.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from es_engine.ledger_lines import check_sample
+from es_engine.ledger import read_samples
 from es_engine.report.data import RunData, RunGroup
 
 ROOM = 4_000_000
 """Most bytes of samples in a report, about."""
-
-LONGEST_LINE = 1 << 26
-"""Bytes of a sample."""
 
 LONGEST = 6_000
 """Most characters of a text; of a longer one the beginning and the end are kept."""
@@ -59,7 +56,7 @@ def _kept(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
     if steps:
         ends = {step: _read(run.samples_file(step)) for step in {steps[0], steps[-1]}}
         total = max(map(len, ends.values()))
-        places = _evenly(total, _fitting(room // 2, _size(ends.values()), total))
+        places = _evenly(total, _fitting(room // 2 if len(steps) > 2 else room, _size(ends.values()), total))
         kept = {step: _at(places, rows) for step, rows in ends.items()}
         between = steps[1:-1]
         taken = _size(kept.values())
@@ -78,33 +75,22 @@ def _read(path: Path) -> Rows:
     line that is none."""
     rows = []
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
-        for place, raw in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
-            row = _row(raw, f"{path}: line {place}")
-            number = seen[row["id"]] = seen.get(row["id"], -1) + 1
-            rows.append(
-                {
-                    "key": f"{row['id']}#{number + 1}" if number else str(row["id"]),
-                    "prompt": _shortened(row["prompt"], LONGEST),
-                    "answer": _shortened(_as_text(row.get("answer")), NOTES_LONGEST),
-                    "completion": _shortened(row["completion"], LONGEST),
-                    "reward": row["reward"],
-                    "accuracy": row["accuracy"],
-                    "components": row.get("components") or {},
-                    "tokens": row.get("tokens"),
-                    "notes": _shortened(_as_text(row.get("notes")), NOTES_LONGEST),
-                }
-            )
+    for row in read_samples(path):
+        number = seen[row["id"]] = seen.get(row["id"], -1) + 1
+        rows.append(
+            {
+                "key": f"{row['id']}#{number + 1}" if number else str(row["id"]),
+                "prompt": _shortened(row["prompt"], LONGEST),
+                "answer": _shortened(_as_text(row.get("answer")), NOTES_LONGEST),
+                "completion": _shortened(row["completion"], LONGEST),
+                "reward": row["reward"],
+                "accuracy": row["accuracy"],
+                "components": row.get("components") or {},
+                "tokens": row.get("tokens"),
+                "notes": _shortened(_as_text(row.get("notes")), NOTES_LONGEST),
+            }
+        )
     return rows
-
-
-def _row(raw: bytes, place: str) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = json.loads(raw)
-        check_sample(row)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no completion of an evaluation ({error})") from None
-    return row
 
 
 def _compact(row: dict[str, Any], texts: dict[str, int]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class LiveRuns:
         for path in find_runs(self._paths):
             try:
                 runs.append(self._reader(path).read())
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
                 self._readers.pop(path, None)
         return runs, problems
