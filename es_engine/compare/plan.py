@@ -190,19 +190,17 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
 
 
 def check_splits(comparison: ComparisonConfig) -> None:
-    """Raises ValueError for a task of too few held-out problems: where test problems, or those of another task, would
-    come again and again, or a validation problem would also be a test problem."""
+    """Raises ValueError for a task of too few held-out problems: where test problems would come again and again, or a
+    validation problem would also be a test problem."""
     run = next(iter(comparison.runs))
     trial, final = comparison.trial(run, 1), comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
     task = trial.task.build()
     _refuse_repeated(task, final.evaluation.numbers)
-    for name, other in comparison.other_tasks.items():
-        _refuse_repeated(other.build(), final.evaluation.numbers, f" of other_tasks.{name}")
     if comparison.tunes:
         _refuse_shared(task, final.evaluation.numbers, trial.evaluation.numbers)
 
 
-def _refuse_repeated(task: Task, test: range, whose: str = "") -> None:
+def _refuse_repeated(task: Task, test: range) -> None:
     """Each problem counts as one of its own in intervals and tests; a few that came twice by chance do no harm."""
     known: set[object] = set()
     repeated = 0
@@ -212,8 +210,8 @@ def _refuse_repeated(task: Task, test: range, whose: str = "") -> None:
         known |= identities
     if repeated > MOST_REPEATED * len(test):
         raise ValueError(
-            f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems{whose} are the same "
-            "as others: the task has too few, and intervals would be too narrow"
+            f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems are the same as "
+            "others: the task has too few, and intervals would be too narrow"
         )
 
 
