@@ -101,7 +101,8 @@ _V = TypeVar("_V", bound=Callable[..., Any])
 
 class Task(Protocol):
     """Problems and how what a model makes of them is scored. Both splits are random-access streams, disjoint from each
-    other. Of training problems that are read from files, there are so many `rows` before they come again."""
+    other. Of training problems from files, whose prompts may be of any length, there are so many `rows` before they
+    come again; None where problems are made, or all about as long."""
 
     rows: int | None
     max_tokens: int

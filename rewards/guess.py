@@ -71,7 +71,7 @@ class Guess:
         self.stop = (("\n",) if template == "plain" else ()) if stop is None else tuple(stop)
         self._template = template
         self._problems = _generated(low, high, span, seed)
-        self.rows: int | None = None  # prompts are all about as long
+        self.rows: int | None = None
         for split in get_args(Split):
             self.example(split, 0)  # settings that allow no problem are refused here, not in the middle of a run
 

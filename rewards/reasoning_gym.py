@@ -73,7 +73,7 @@ class ReasoningGym:
         self.verifier = VerifierSpec(own, options) if verifier in (None, own) else VerifierSpec(str(verifier))
         self._template = template
         self._problems = _Entries(dataset, config or {}, seed)
-        self.rows: int | None = None  # prompts are all about as long
+        self.rows: int | None = None
         for split in get_args(Split):
             self.example(split, 0)  # settings that allow no problem are refused here, not in the middle of a run
 

@@ -75,7 +75,7 @@ class Sudoku:
         else:
             heldout_path = None if heldout_data is None else Path(heldout_data)
             self._problems = FiledPuzzles(Path(data), heldout_path, size, seed)
-        self.rows: int | None = None  # prompts are all about as long
+        self.rows: int | None = None
         for split in get_args(Split):
             self.example(split, 0)  # settings that allow no problem are refused here, not in the middle of a run
 

@@ -87,6 +87,8 @@ def test_the_config_of_a_run_extends_no_other_file(run: Path, outside: Path) -> 
     with (run / "config.yaml").open("a") as file:
         file.write(f"extends: {outside}/mine.txt\n")
     assert refusal("report", run).startswith("extends: unknown key")
+    (run / "adapter/adapter_config.json").write_text("{}")
+    assert refusal("eval", run / "adapter").startswith("extends: unknown key"), "its config is the run's"
 
 
 def test_runs_are_looked_for_where_no_link_leads(run: Path, outside: Path) -> None:

@@ -163,7 +163,7 @@ def test_runs_that_differ_in_seeds_only_are_one_group(runs: Path) -> None:
 
 def test_seeds_that_timed_their_chunks_differently_are_one_group(runs: Path) -> None:
     one, other = (read_run(runs / f"es-seed{seed}") for seed in range(2))
-    timed = replace(other, config={**other.config, "engine": {**other.config["engine"], "chunk": 16}})
+    timed = replace(other, config={**other.config, "engine": {**other.config["engine"], "chunk": 8}})
     assert [len(group.runs) for group in group_runs([one, timed])] == [2]
 
 
