@@ -21,6 +21,8 @@ from workers.divergence import Diverged, NotFinite
 from workers.places import bundles
 from workers.pool import Pool
 
+DIED = "ActorDiedError: The actor died unexpectedly before finishing this task."
+
 
 class Notices(list[str]):
     """What the pool told."""
@@ -98,20 +100,27 @@ def test_a_dead_workers_call_goes_to_another_that_need_not_wait_for_its_replacem
     assert cluster.now == 1 + 10
     assert pool.restarts == 1
     assert pool.retries == 1
-    assert notices == ["worker 1 is replaced (ActorDiedError)", "a call of 5 s is given out again"]
+    assert notices == [f"worker 1 is replaced ({DIED})", "a call of 5 s is given out again"]
     assert [notice.about for notice in notices] == [{"worker": 1}, {"worker": 1, "call": "a call of 5 s"}]
     assert pool.states() == {"busy": 0, "idle": 1, "starting": 1}
 
 
-@pytest.mark.parametrize("death", [OutOfMemoryError("the node's memory is nearly full"), RuntimeEnvSetupError()])
-def test_a_worker_that_ray_ended_is_replaced_as_one_that_died(start: Any, death: Exception) -> None:
+@pytest.mark.parametrize(
+    ("death", "why"),
+    [
+        (OutOfMemoryError("the memory is nearly full\n\nRefer to the documentation"), "the memory is nearly full"),
+        (RuntimeEnvSetupError("no such variable"), "no such variable"),
+        (ActorDiedError(RayTaskError("__init__", "Traceback:\nImportError: x\n", OSError())), "ImportError: x"),
+    ],
+)
+def test_a_worker_that_ray_ended_is_replaced_as_one_that_died(start: Any, death: Exception, why: str) -> None:
     def fragile(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         seconds, result = well(process, method, arguments)
         return seconds, death if process == 1 and method != "start" else result
 
     pool, _, notices = start(fragile)
     assert pool.run([call(5, 0), call(5, 1)]) == [0, 0]
-    assert notices[0] == f"worker 1 is replaced ({type(death).__name__})"
+    assert notices[0] == f"worker 1 is replaced ({type(death).__name__}: {why})"
 
 
 def raised(cause: Exception) -> RayTaskError:
@@ -223,7 +232,7 @@ def test_a_lost_node_takes_its_workers_and_the_others_do_their_calls(start: Any)
     assert pool.size == 2
     assert pool.restarts == 2
     assert cluster.now < 1 + 5 * 4 + 5
-    lost = [f"worker {index} is lost (ActorDiedError); there is no room for another" for index in (2, 3)]
+    lost = [f"worker {index} is lost ({DIED}); there is no room for another" for index in (2, 3)]
     assert [notice for notice in notices if notice.startswith("worker")] == lost
 
 
@@ -233,7 +242,7 @@ def test_a_replacement_goes_where_there_is_room(start: Any) -> None:
     cluster.at(4, lambda: cluster.lose(0))
     assert set(pool.run([call(5) for _ in range(4)])) == {2, 3}
     assert [process.node for process in cluster.processes[2:]] == [name(1), name(1)]
-    replaced = [f"worker {index} is replaced (ActorDiedError)" for index in (0, 1)]
+    replaced = [f"worker {index} is replaced ({DIED})" for index in (0, 1)]
     assert [notice for notice in notices if notice.startswith("worker")] == replaced
 
 
@@ -290,8 +299,31 @@ def test_where_the_only_node_for_workers_cannot_start_any_the_run_ends_at_once_a
     def doomed(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
         return 1.0, ActorDiedError()
 
-    with pytest.raises(ValueError, match=r"^worker 0 died 4 times while starting \(ActorDiedError\)$"):
+    with pytest.raises(ValueError, match=rf"^worker 0 died 4 times while starting \({DIED}\)$"):
         start(doomed, nodes=[0.0, 1.0], workers=1)
+
+
+@pytest.mark.parametrize("how", [ActorDiedError(), RayTaskError("start", "trace", RuntimeError("CUDA error: unknown"))])
+@pytest.mark.parametrize(("nodes", "workers"), [([2.0], "auto"), ([2.0, 2.0], {"min": 3, "max": 4})])
+def test_a_place_where_no_other_worker_can_start_costs_that_worker_alone(
+    start: Any, how: Exception, nodes: list[float], workers: Any
+) -> None:
+    """As where one of a node's GPUs is broken; workers that die later are replaced on the same node."""
+    first = int(sum(nodes))
+
+    def broken(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        if method == "start" and first <= process < first + 4:
+            return 1.0, how
+        dies = process == 0 and method != "start"
+        return (1.0, ActorDiedError()) if dies else well(process, method, arguments)
+
+    pool, cluster, notices = start(broken, nodes=nodes, workers=workers)
+    cluster.at(40, cluster.processes[1].die)
+    assert set(pool.run([call(5) for _ in range(12 * first)])) == {*range(1, first), first + 4}
+    assert pool.size == first - 1
+    assert sum("worker 0 is given up" in notice for notice in notices) == 1
+    assert not any("given no more workers" in notice for notice in notices)
+    assert len(cluster.processes) == first + 5
 
 
 def test_with_bounds_the_autoscaler_is_asked_for_the_most_workers_until_the_end(start: Any) -> None:

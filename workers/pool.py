@@ -39,10 +39,10 @@ from workers.cluster import (
     environment,
     found_no_room,
     living_nodes,
-    on_gpus,
 )
 from workers.divergence import Diverged, NotFinite
-from workers.places import Place, bounds, bundles, free_places, plan_places
+from workers.ground import Ground, Nodes
+from workers.places import Place
 from workers.simulated_engine import SimulatedWorkers
 
 if TYPE_CHECKING:
@@ -120,23 +120,19 @@ class Pool:
         self._round: Round | None = None
         self._seats: list[_Seat] = []
         self._shared: dict[tuple[str, int], Any] = {}
-        self._barred: set[str] = set()
-        self._proven: set[str] = set()  # nodes where a worker has started
         self._short_since: float | None = None
         self._asked_for: list[dict[str, float]] = []
         self._owns_ray = connect(self._pool.address)
         try:
             self._setup = self.put(setup)
             nodes = living_nodes()
-            self._on_gpu = on_gpus(self._config, nodes)
-            places = self._places(nodes)
-            self._fewest, self._most = bounds(self._pool)
-            self._check_room(len(places))
-            self._asked_for = bundles(self._pool, self._on_gpu)
+            self._ground = Ground(self._config, nodes)
+            self._ground.check_room(nodes, nodes_may_come=not self._owns_ray)
+            self._asked_for = self._ground.bundles
             if self._asked_for:
                 ask_autoscaler(self._asked_for)
             self._looked = time.monotonic()
-            self._fill(places)
+            self._fill(nodes)
             self.workers = self._wait_for_start()
         except BaseException:
             self.close()
@@ -265,7 +261,7 @@ class Pool:
     def _wait_for_start(self) -> list[dict[str, Any]]:
         """Wait until every worker is ready for the present setup; what each says of itself."""
         described: dict[int, dict[str, Any]] = {}
-        while len(self._seats) < self._fewest or any(seat.index not in described for seat in self._seats):
+        while len(self._seats) < self._ground.fewest or any(seat.index not in described for seat in self._seats):
             for seat in self._done([seat for seat in self._seats if seat.index not in described]):
                 if seat.round is not None:  # a call that nobody waits for any more
                     self._take_result(seat)
@@ -341,7 +337,7 @@ class Pool:
         """Note that a worker is ready, and what its canary found."""
         seat.is_free()
         seat.failed_starts = 0
-        self._proven.add(seat.place.node)
+        self._ground.prove(seat.place.node)
         if (canary := report.get("canary")) is not None:
             self.canaries[seat.index] = canary
 
@@ -351,7 +347,7 @@ class Pool:
         try:
             return (ray.get(seat.task),)
         except DEATHS as death:
-            self._lose(seat, type(death).__name__)
+            self._lose(seat, _last_words(death))
             return None
         except (RayTaskError, *FULL) as error:
             if found_no_room(error):
@@ -364,7 +360,7 @@ class Pool:
             raise
 
     def _does_without(self, seat: _Seat, cause: Exception) -> bool:
-        """Replace a worker, or do without its node, for what it raised; False if it would be in vain, or if it was to
+        """Replace a worker, or do without its place, for what it raised; False if it would be in vain, or if it was to
         begin with the others."""
         if self._round is None and seat.round is None:
             return False
@@ -374,14 +370,11 @@ class Pool:
             again = isinstance(cause, OF_A_MACHINE) and self._pool.retries > 0 and seat.number not in seat.round.broke
             seat.round.broke.add(seat.number)
         else:  # what the worker before it held, such as a GPU's memory, may not be free yet
-            again = seat.place.node in self._proven and seat.failed_starts < self._pool.retries
+            again = self._ground.is_proven(seat.place.node) and seat.failed_starts < self._pool.retries
         if again:
             self._lose(seat, _in_a_line(cause))
-        elif seat.round is None and self._others_than(seat.place.node):
-            self._bar(seat, _in_a_line(cause))
-        else:
-            return False
-        return True
+            return True
+        return seat.round is None and self._give_up(seat, _in_a_line(cause))
 
     def _lose(self, seat: _Seat, reason: str) -> None:
         """Go on without a worker's process: another is started where there is room, and its call goes to others."""
@@ -392,9 +385,8 @@ class Pool:
             seat.failed_starts += 1
         seat.is_free()
         if seat.failed_starts > self._pool.retries:
-            if not self._others_than(seat.place.node):
+            if not self._give_up(seat, reason):
                 raise ValueError(f"worker {seat.index} died {seat.failed_starts} times while starting ({reason})")
-            self._bar(seat, reason)
         elif (place := self._place_for(seat)) is None:
             self._seats.remove(seat)
             self._notify(Notice(f"worker {seat.index} is lost ({reason}); there is no room for another", seat.index))
@@ -465,63 +457,50 @@ class Pool:
 
     # --- nodes
 
-    def _check_room(self, room: int) -> None:
-        """Raises ValueError if there is no room for the fewest workers, unless nodes may come."""
-        nodes_may_come = not self._owns_ray and not isinstance(self._pool.workers, int | str)
-        if room < self._fewest and not nodes_may_come:
-            kind = f"{self._pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{self._pool.threads} CPU(s)"
-            raise ValueError(
-                f"pool.workers: the cluster has room for {room} workers of {kind} each, not {self._fewest}"
-            )
-
-    def _places(self, nodes: dict[str, dict[str, float]]) -> list[Place]:
-        usable = {node: resources for node, resources in nodes.items() if node not in self._barred}
-        return plan_places(self._config, usable, self._on_gpu)
-
     def _place_for(self, seat: _Seat) -> Place | None:
-        """Where a worker that lost its process goes on: where it was, or elsewhere if its node is gone or it died there
-        before it had started."""
         taken = [other.place for other in self._seats if other is not seat]
-        free = free_places(self._places(living_nodes()), taken)
-        elsewhere = [place for place in free if place.node != seat.place.node]
-        if seat.place in free and not (seat.failed_starts and elsewhere):
-            return seat.place
-        return next(iter([*elsewhere, *free]), None)
+        return self._ground.place_for(seat.place, living_nodes(), taken, failed=seat.failed_starts > 0)
 
-    def _others_than(self, node: str) -> bool:
-        """Whether other nodes have places for workers, so that the run can go on there; a head may have none."""
-        return any(place.node != node for place in self._places(living_nodes()))
-
-    def _bar(self, seat: _Seat, reason: str) -> None:
-        """Do without a node where a worker cannot start."""
-        self._barred.add(seat.place.node)
+    def _give_up(self, seat: _Seat, reason: str) -> bool:
+        """Do without the place where a worker cannot start or, where none ever did, without the node; False if the run
+        cannot."""
+        node = seat.place.node
+        if self._ground.is_proven(node) and len(self._seats) > self._ground.fewest:
+            self._ground.give_up(seat.place)
+            notice = f"worker {seat.index} is given up ({reason})"
+        elif self._ground.others_than(node, living_nodes()):
+            self._ground.bar(node)
+            notice = f"node {node[:8]} is given no more workers ({reason})"
+        else:
+            return False
         self._seats.remove(seat)
         ray.kill(seat.actor)
-        self._notify(f"node {seat.place.node[:8]} is given no more workers ({reason})")
+        self._notify(Notice(notice, seat.index))
+        return True
 
-    def _fill(self, places: Sequence[Place]) -> int:
+    def _fill(self, nodes: Nodes) -> int:
         """Have workers begin where there is room, as many as there may be; how many."""
         numbers = (index for index in count() if all(seat.index != index for seat in self._seats))
-        room = int(min(self._most, len(places))) - len(self._seats)
-        free = free_places(places, [seat.place for seat in self._seats])[: max(0, room)]
-        for place in free:
+        places = self._ground.room(nodes, [seat.place for seat in self._seats])
+        for place in places:
             self._seats.append(_Seat(next(numbers), place))
             self._start(self._seats[-1])
-        return len(free)
+        return len(places)
 
     def _look_for_nodes(self) -> None:
         """Take leave of workers whose nodes are gone, and use the nodes that are new."""
         nodes = living_nodes()
         for seat in [seat for seat in self._seats if seat.place.node not in nodes]:
             self._lose(seat, f"node {seat.place.node[:8]} is gone")
-        if joined := self._fill(self._places(nodes)):
+        if joined := self._fill(nodes):
             self._notify(f"{joined} workers more, {len(self._seats)} now: there is room for them")
 
     def _check_strength(self, now: float) -> None:
-        if len(self._seats) >= self._fewest:
+        if len(self._seats) >= self._ground.fewest:
             self._short_since = None
             return
-        limit, there_are = self._pool.node_timeout_s, f"{len(self._seats)} of at least {self._fewest} workers have room"
+        limit = self._pool.node_timeout_s
+        there_are = f"{len(self._seats)} of at least {self._ground.fewest} workers have room"
         if self._short_since is None:
             self._short_since = now
             self._notify(f"{there_are}; nodes are waited for up to {limit:.0f} s")
@@ -561,6 +540,13 @@ def _no_room(where: str) -> ValueError:
         "under Ray's temporary folder (/tmp/ray), or start Ray with more --object-store-memory, and `es-engine resume "
         "RUN` goes on from here"
     )
+
+
+def _last_words(death: Exception) -> str:
+    """What killed a worker: Ray says it last, after what the worker was or the traceback of its start; but advice
+    follows where a node's memory was full, and whether the worker had ever run."""
+    lines = [line for line in str(death).strip().splitlines() if not line.startswith("The actor never ran")]
+    return ": ".join([type(death).__name__, *(lines[:1] if isinstance(death, OutOfMemoryError) else lines[-1:])])
 
 
 def _in_a_line(error: Exception) -> str:
