@@ -95,9 +95,9 @@ def policy_loss(
     dapo: a mean over all tokens (arXiv 2503.14476, equation 8, with its two bounds, which all variants have here).
     gspo: one ratio a sequence, the geometric mean of its tokens' (arXiv 2507.18071, equations 5 and 7).
 
-    The KL is `kl_k3` times the ratio, so that its gradient is that of the exact reverse KL at every token
-    (DeepSeek-V3.2, arXiv 2512.02556, "Unbiased KL Estimate"; TRL's default). Without the ratio, as in arXiv 2402.03300,
-    the estimate of the value is right but its gradient is the forward KL's.
+    The KL is `kl_k3` times the ratio, so that its gradient is that of the exact reverse KL at every token, but for
+    gspo's, whose ratio is the sequence's (DeepSeek-V3.2, arXiv 2512.02556, "Unbiased KL Estimate"; TRL's default).
+    Without the ratio, as in arXiv 2402.03300, the estimate of the value is right but its gradient is the forward KL's.
 
     Args:
         logprobs: (S, T), of the policy; gradients flow through these alone.

@@ -22,6 +22,7 @@ from es_engine.config import (
     uses_torch,
 )
 from es_engine.config.base import in_yaml, problem
+from es_engine.config.method import GradientMethodConfig
 from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
@@ -211,18 +212,21 @@ def sampling(config: Config, task: Task, samples: int, temperature: float, top_p
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What runs need of the engines of their pool: slots for so many adapters, and whether they take gradients."""
+    """What runs need of the engines of their pool: slots for so many adapters, whether they want a model in torch, and
+    whether they learn by its gradients."""
 
     slots: int
     gradients: bool
+    learns: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(max(self.slots, other.slots), self.gradients or other.gradients)
+        return Needs(max(self.slots, other.slots), self.gradients or other.gradients, self.learns or other.learns)
 
 
 def needs(materials: Materials) -> Needs:
     """What a run needs of the engines of its pool."""
-    return Needs(materials.method.slots, uses_torch(materials.config.method))
+    method = materials.config.method
+    return Needs(materials.method.slots, uses_torch(method), isinstance(method, GradientMethodConfig))
 
 
 def worker_setup(materials: Materials, needs: Needs) -> WorkerSetup:
@@ -237,6 +241,7 @@ def worker_setup(materials: Materials, needs: Needs) -> WorkerSetup:
         parameters=materials.base.parameters,
         teacher=materials.teacher.fingerprint if materials.teacher else None,
         gradients=needs.gradients,
+        learns=needs.learns,
     )
 
 

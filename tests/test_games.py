@@ -175,6 +175,13 @@ def test_all_members_sample_alike_and_no_two_turns_do(scorers: dict[str, Scorer]
     assert len(set.union(*(keyed_by_turn(number) for number in range(4)))) == 4 * 3 * 2
 
 
+def test_a_game_that_a_batch_has_twice_is_played_otherwise_the_second_time(scorers: dict[str, Scorer]) -> None:
+    engine = written_engine([CENTER])
+    again = problems_of(small_guess(), 1) * 2
+    play_chunk(engine, scorers["chat"], PREPARE, RUN_SEED, chunk_of(2, 2, [CENTER]), again)
+    assert len({request.seed for request in engine.calls[0]}) == 2 * 2
+
+
 def keyed_by_turn(turn: int) -> set[int]:
     names = [problem.example.id for problem in problems_of(small_guess(), 3)]
     return {sampling_seed(RUN_SEED, GENERATION, f"{name}/{sample}/{turn}") for name in names for sample in range(2)}
@@ -359,10 +366,10 @@ def test_a_worker_arranges_the_games_of_a_chunk(scorers: dict[str, Scorer]) -> N
 def test_samples_hold_the_trajectory(scorers: dict[str, Scorer]) -> None:
     task = small_guess()
     pool, theta = Workers(build_worker(scorers["chat"])), np.ones(DIM, np.float32)
-    evaluation = evaluate_center(pool, theta, 0, problems_of(task, 4), Sampling(4, 2, 1.0), chunk=3)
+    evaluation = evaluate_center(pool, theta, 0, problems_of(task, 3), Sampling(4, 2, 1.0), chunk=2)
     rows: list[dict[str, Any]] = json.loads(json.dumps(evaluation.samples))
-    assert len(rows) == 8
-    for row, number in zip(rows, np.repeat(range(4), 2), strict=True):
+    assert len(rows) == 6
+    for row, number in zip(rows, np.repeat(range(3), 2), strict=True):
         example = task.example("train", int(number))
         said = [message["content"] for message in row["messages"][1::2]]
         game = play(task.environment.load(), example, saying(*said))

@@ -32,6 +32,7 @@ from workers.actor import WorkerSetup
 from workers.calls import Call
 from workers.chunks import Chunk
 from workers.cluster import environment
+from workers.divergence import NotFinite
 from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.models import fingerprint, linear_matrices
@@ -427,6 +428,37 @@ def on_runner(pool: CallRunner, space: LoraSpace, theta: Any) -> tuple[gradients
     return gradients.gradient(pool, reverse_kl, samples(), theta, 3, dim=space.dim, max_tokens=32), rows
 
 
+class Asked:
+    """Workers that note their calls, and say that each token is certain."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        self.calls += calls
+        return [([np.zeros(len(each.completion_ids)) for each in call.arguments[0]], 0.5) for call in calls]
+
+
+def test_only_a_teacher_may_lack_a_token_and_nobody_may_say_what_is_no_number() -> None:
+    runner = Asked()
+    gradients.logprobs(runner, samples()[:1], None, -1, max_tokens=1000)
+    gradients.teacher_logprobs(runner, samples()[:1], max_tokens=1000)
+    faults = []
+    for call in runner.calls:
+        for value in (-1.0, -np.inf, np.nan):
+            row = np.full(len(samples()[0].completion_ids), -1.0)
+            row[-1] = value
+            faults.append(call.fault(([row], 0.5)))
+    mine, teachers = "a log-probability is not finite", "a log-probability of the teacher is not finite"
+    assert faults == [None, mine, mine, None, None, teachers]
+    assert all(isinstance(fault, NotFinite) for fault in faults if fault is not None)
+
+
 # In a worker
 
 
@@ -484,6 +516,17 @@ def test_engine_and_gradients_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked("assign", worker._setup) == ["model.rest", "engine.wake", "engine.assign"]
     assert asked("gradient", None, [], theta, 5) == [*loaded, "model.set_theta", "model.gradient"]
     assert evaluated() == ["model.rest", "engine.wake", "engine.set_center", "engine.write_slots"]
+
+
+def test_gradients_are_not_taken_in_float16() -> None:
+    """A loss is a mean over all tokens of an update: its slopes are below what float16 can hold."""
+    worker: Any = actor.Worker(Any, 0, None)  # type: ignore[arg-type]
+    for learns, dtype in ((True, "bfloat16"), (False, "float16")):
+        worker._setup, worker._engine = SimpleNamespace(learns=learns), SimpleNamespace(dtype=dtype)
+        worker._check_type()
+    worker._setup.learns = True
+    with pytest.raises(ValueError, match=r"^engine\.dtype: the model is in float16, .* accepted .* are bfloat16"):
+        worker._check_type()
 
 
 def test_loading_the_model_costs_a_run_no_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

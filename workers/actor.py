@@ -32,6 +32,7 @@ from workers.chunks import (
     WeightedNoise,
     collect,
     rollout_of,
+    sampling_keys,
     sampling_seed,
 )
 from workers.engine import Completion, Filling, PopulationEngine, Request, Vector
@@ -52,8 +53,8 @@ class WorkerSetup:
     """What a worker is made from, the same for all workers of a run; `canary` are the prompts of its start-up check,
     `parameters` those of the base model that multiply, `teacher` the teacher's fingerprint where there is one.
 
-    Of all runs that the pool is for, `slots` are the most members in a chunk, and `gradients` says whether any of them
-    takes gradients."""
+    Of all runs that the pool is for, `slots` are the most members in a chunk, `gradients` says whether a model in torch
+    is wanted beside the engine, and `learns` whether any of them learns by gradients."""
 
     config: Config
     space: LoraSpace
@@ -63,6 +64,7 @@ class WorkerSetup:
     parameters: int
     teacher: str | None = None
     gradients: bool = False
+    learns: bool = False
 
     @property
     def adapted_parameters(self) -> int:
@@ -100,6 +102,7 @@ class Worker:
         """
         self._model = model = _model_folder(self._setup)
         self._engine = build_engine(self._setup, model)
+        self._check_type()
         self._open_task()
         report = _run_canary(self._engine, self._setup, model, with_reference=self._index == 0)
         return self._described(report)
@@ -192,6 +195,13 @@ class Worker:
             self._gradients, self._gradients_version = None, -1
             self._engine.wake()
 
+    def _check_type(self) -> None:
+        if self._setup.learns and self._engine.dtype == "float16":
+            raise ValueError(
+                "engine.dtype: the model is in float16, in which small gradients vanish; accepted for methods with "
+                "gradients are bfloat16 and, with engine.kind=hf or without a GPU, float32"
+            )
+
     def _open_task(self) -> None:
         config = self._setup.config
         task = config.task.build()
@@ -230,9 +240,9 @@ class Worker:
     def _answer(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
         """Have a chunk's questions answered, handing a prompt's completions to the scorer as soon as they are done."""
         asked = chunk.questions
-        seed = self._setup.config.seed
+        seed, keys_of = self._setup.config.seed, sampling_keys(batch)
         requests = [
-            Request(slot, batch[place].prompt_ids, sampling_seed(seed, chunk.generation, batch[place].example.id))
+            Request(slot, batch[place].prompt_ids, sampling_seed(seed, chunk.generation, keys_of[place]))
             for slot, place in asked
         ]
         completions = []

@@ -6,6 +6,7 @@ Shapes: k members of the chunk, P problems a member, n samples a problem.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -221,8 +222,20 @@ def by_verifier(failures: Failures) -> dict[str, dict[str, int]]:
     return table
 
 
-def sampling_seed(run_seed: int, generation: int, problem_id: str) -> int:
-    """The sampling seed of a problem in a generation: 63 bits of a hash, the same for every member (common random
-    numbers)."""
-    text = f"{run_seed}/{generation}/{problem_id}"
+def sampling_keys(batch: Sequence[Problem]) -> list[str]:
+    """What the sampling of each problem of a batch is keyed by: its id and, where the batch asks it again, how often it
+    was asked before; completions that are drawn in its place should be others."""
+    asked: Counter[str] = Counter()
+    keys = []
+    for problem in batch:
+        name = problem.example.id
+        keys.append(f"{name}#{asked[name]}" if asked[name] else name)
+        asked[name] += 1
+    return keys
+
+
+def sampling_seed(run_seed: int, generation: int, key: str) -> int:
+    """The sampling seed of what `key` names in a generation: 63 bits of a hash, the same for every member (common
+    random numbers)."""
+    text = f"{run_seed}/{generation}/{key}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

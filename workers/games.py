@@ -22,7 +22,7 @@ from rewards.environments import (
     turn_of,
     turn_rollout,
 )
-from workers.chunks import Chunk, Outcome, Outcomes, Problem, Transcript, rollout_of, sampling_seed
+from workers.chunks import Chunk, Outcome, Outcomes, Problem, Transcript, rollout_of, sampling_keys, sampling_seed
 from workers.engine import Completion, PopulationEngine, Request
 from workers.prompts import Preparer, PromptTooLong
 from workers.scoring import Scorer
@@ -74,7 +74,7 @@ def play_chunk(
 ) -> Outcomes:
     """Play n games of each of a chunk's questions. What is sampled is keyed by generation, problem, sample and turn,
     the same for every member."""
-    asked = chunk.questions
+    asked, keys = chunk.questions, sampling_keys(batch)
     games = [
         new_game(batch[place], question, sample)
         for question, (_, place) in enumerate(asked)
@@ -83,7 +83,7 @@ def play_chunk(
     sampling = replace(chunk.sampling, samples=1)
 
     def request(game: Game) -> Request:
-        key = f"{game.problem.example.id}/{game.sample}/{game.trajectory.turns}"
+        key = f"{keys[asked[game.question][1]]}/{game.sample}/{game.trajectory.turns}"
         seed = sampling_seed(run_seed, chunk.generation, key)
         return Request(asked[game.question][0], game.asked.prompt_ids, seed)
 

@@ -29,8 +29,8 @@ class HfEngine:
     ) -> None:
         from transformers import GenerationConfig
 
-        self.dtype = dtype
         self._model = load_peft_model(model, space, dtype, device)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
         self._device = torch.device(device)
         self._tokenizer = load_tokenizer(model)
         self._tokenizer.padding_side = "left"

@@ -18,8 +18,9 @@ from es_engine.methods.es import EvolutionStrategies
 from workers.chunks import Chunk, Problem
 from workers.engine import CENTER
 
-FIRST_PROBE = 2**32
-"""Probe populations are numbered from here, out of the way of the run's generations."""
+PROBES = 2**32
+"""The generation of the center and of all probe populations, out of the way of the run's. In one generation they share
+directions and what is drawn where answers are sampled, so that nothing but sigma tells them apart."""
 
 STANDARD_ERRORS = 2.0
 """A probe's mean counts as lowered when it is this many of its standard errors below the center's."""
@@ -43,7 +44,7 @@ def calibrate(
     size = config.probe_pairs * 2
     probe = method.with_population(size)
     center = _center_chunk(probe)
-    groups = [probe.chunks(FIRST_PROBE + number, sigma) for number, sigma in enumerate(config.probe_sigmas)]
+    groups = [probe.chunks(PROBES, sigma) for sigma in config.probe_sigmas]
     everything = [center, *(chunk for group in groups for chunk in group)]
     measured = probe.fitness.measure(pool, everything, batch, theta, version)
     center_mean = float(np.nanmean(measured.fitness[0]))
@@ -81,5 +82,5 @@ def choose(probes: Sequence[Probe], center_mean: float) -> float:
 
 
 def _center_chunk(method: EvolutionStrategies) -> Chunk:
-    first = method.chunks(FIRST_PROBE, 0.0)[0]
-    return Chunk(FIRST_PROBE - 1, 0, 0.0, (CENTER,), first.problems[:1], first.sampling)
+    first = method.chunks(PROBES, 0.0)[0]
+    return Chunk(PROBES, 0, 0.0, (CENTER,), first.problems[:1], first.sampling)

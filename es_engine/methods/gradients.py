@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from es_engine.methods.base import CallRunner
 from workers.calls import Call
@@ -134,13 +135,18 @@ def _fault_of_gradient(dim: int, reply: PartialGradient) -> str | None:
 
 
 def _fault_of_rows(samples: Sequence[Sample], teacher: bool, reply: tuple[list[Vector], float]) -> str | None:
-    """What is wrong with a worker's log-probabilities, if anything; a token that a teacher lacks has none."""
+    """What is wrong with a worker's log-probabilities, if anything; that of a token that a teacher lacks is -inf."""
     found, expected = [len(row) for row in reply[0]], [len(sample.completion_ids) for sample in samples]
     if found != expected:
         return f"it has {sum(found)} tokens of {len(found)} samples, not {sum(expected)}"
-    if not teacher and not all(np.isfinite(row).all() for row in reply[0]):
-        return NotFinite("a log-probability is not finite")
+    wild = np.isnan if teacher else _not_finite
+    if any(wild(row).any() for row in reply[0]):
+        return NotFinite(f"a log-probability{' of the teacher' if teacher else ''} is not finite")
     return None
+
+
+def _not_finite(row: Vector) -> npt.NDArray[np.bool_]:
+    return ~np.isfinite(row)
 
 
 def _tokens(samples: Sequence[Sample]) -> int:
