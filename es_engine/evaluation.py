@@ -6,7 +6,7 @@ Shapes: P problems, n samples a problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,9 @@ class Evaluation:
 def evaluate_center(
     pool: CallRunner, theta: Any, version: int, problems: Sequence[Problem], sampling: Sampling, chunk: int
 ) -> Evaluation:
-    """Evaluate theta itself on problems, `chunk` of them in one engine call."""
+    """Evaluate theta itself on problems, `chunk` of them in one engine call. One that comes more than once is asked
+    once: its answers again would be no further evidence, and intervals too narrow."""
+    problems = list({(each.example.id, each.prompt, each.example.answer): each for each in problems}.values())
     results = evaluate(pool, _chunks(len(problems), sampling, chunk), problems, theta, version)
     rewards = np.concatenate([result.rewards[0] for result in results])
     accuracy = np.concatenate([result.accuracy[0] for result in results])
@@ -64,6 +66,21 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
     middle = (p + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     half = Z95 / (1 + Z95**2 / count) * math.sqrt(p * (1 - p) / count + Z95**2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def is_best(line: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an evaluation has the highest reward so far. A problem without a score has the lowest reward that any
+    had: were it left out, a center that gives few answers which can be scored might seem the best."""
+    if line["reward"] is None:
+        return False
+    scored = [other for other in before if other["reward"] is not None]
+    lowest = min(each.get("reward_lowest", each["reward"]) for each in [line, *scored])
+
+    def reward(each: Mapping[str, Any]) -> float:
+        unscored = each.get("unscored", 0.0)
+        return (1 - unscored) * each["reward"] + unscored * lowest
+
+    return all(reward(line) > reward(other) for other in scored)
 
 
 def _chunks(problems: int, sampling: Sampling, size: int) -> list[Chunk]:
@@ -89,6 +106,8 @@ def _summary(results: Sequence[ChunkResult], rewards: Array, accuracy: Array) ->
         "samples": rewards.shape[1],
         "reward": float(scored.mean()) if len(scored) else None,
         "reward_ci95": _normal_interval(scored),
+        "reward_lowest": float(scored.min()) if len(scored) else 0.0,
+        "unscored": float(np.isnan(per_problem).mean()),
         "components": mean_components(results),
         "tokens": int(sum(result.tokens.sum() for result in results)),
         "prompt_tokens": sum(result.prompt_tokens for result in results),

@@ -128,6 +128,8 @@ class _Evaluation(_Line):
     tokens: Count
     reward: Number | None
     accuracy: Number | None
+    reward_lowest: Number = 0.0
+    unscored: Number = 0.0
     reward_ci95: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
     accuracy_ci95: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
     components: Figures

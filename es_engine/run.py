@@ -13,6 +13,7 @@ from es_engine.ledger import LedgerReader, Line, running_costs
 from es_engine.run_folder import RunFolder
 from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
+from es_engine.text import tell
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -101,7 +102,7 @@ def evaluate(
     first = config.by_stage[0]  # any of them: theta is what the space starts from
     wearing = first if adapter is None else first.model_copy(update={"space": _space_of(adapter)})
     wanted = config.evaluation if problems is None else config.evaluation.model_copy(update={"problems": problems})
-    with Session(wearing, print) as session:
+    with Session(wearing, tell) as session:
         task = session.materials.task
         return evaluate_center(
             session.pool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
 from datetime import timedelta
 
@@ -40,6 +41,11 @@ def discreet(text: str) -> str:
         if len(value) >= SHORTEST_SECRET and SECRET.search(name.upper()):
             text = text.replace(value, HIDDEN)
     return text
+
+
+def tell(text: str) -> None:
+    """Print on stderr what may hold anybody's words."""
+    print(visible(discreet(text)), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

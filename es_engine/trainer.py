@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from es_engine.config import Config, EsMethodConfig
-from es_engine.evaluation import evaluate_center
+from es_engine.evaluation import evaluate_center, is_best
 from es_engine.ledger import Ledger, Line, fingerprint
 from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
@@ -25,6 +24,7 @@ from es_engine.run_folder import RunFolder, write_json_lines
 from es_engine.run_lock import locked
 from es_engine.session import Materials, Session, errors_in_place, sampling
 from es_engine.telemetry import Telemetry, check_places, open_telemetry
+from es_engine.text import tell
 from workers.divergence import Diverged
 
 
@@ -264,17 +264,12 @@ def _evaluate_if_due(
     seconds = time.perf_counter() - started
     line = {"kind": "evaluation", "step": state.step, "theta": fingerprint(state.theta), **evaluation.summary}
     write_json_lines(folder.samples_file(state.step), evaluation.samples)
-    if _is_best(line, evaluations.lines):
+    if is_best(line, evaluations.lines):
         save_adapter(session.materials, state.theta, folder.best)
     if state.step and isinstance(session.materials.method, EvolutionStrategies):
         checkpoint(folder, ledger, state, config)  # as other methods do at each step
     evaluations.append(line)
     telemetry.evaluation({**line, "seconds": seconds})
-
-
-def _is_best(line: Line, before: list[Line]) -> bool:
-    rewards = [other["reward"] for other in before if other["reward"] is not None]
-    return line["reward"] is not None and (not rewards or line["reward"] > max(rewards))
 
 
 def _spent(config: Config, state: State) -> bool:
@@ -321,7 +316,7 @@ class Notices:
 
     def __call__(self, text: str) -> None:
         if self._telemetry is None:
-            print(text, file=sys.stderr)  # whoever waits for a start should know what for
+            tell(text)  # whoever waits for a start should know what for
             self._kept.append(text)
         else:
             self._telemetry.message(text)

@@ -68,7 +68,7 @@ def comparison(model: Path, folder: Path, **changes: Any) -> ComparisonConfig:
         "samples": {"n": 2},
         "other_tasks": {
             "three": {**task, "numbers": [3]},
-            "game": {"kind": "guess", "template": "plain", "high": 9, "span": 4},  # which SFT could not learn from
+            "game": {"kind": "guess", "template": "plain", "high": 90, "span": 4},  # which SFT could not learn from
         },
     }
     return parse_comparison(data | changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scipy import stats
 
 from es_engine import noise
 from es_engine.cli import _name_of
-from es_engine.evaluation import Evaluation, evaluate_center, pass_at_k, wilson_interval
+from es_engine.evaluation import Evaluation, evaluate_center, is_best, pass_at_k, wilson_interval
 from workers.engine import CENTER, Sampling, Vector
 
 NAN = float("nan")
@@ -107,6 +108,35 @@ def test_rollouts_without_a_score_count_as_wrong_but_not_as_a_reward() -> None:
     assert summary["failures"] == {"mine": {"no score": 3}}
     assert [row["reward"] for row in evaluation.samples] == [1, None, None, None, 0, 0.5, 1, 1]
     json.dumps([summary, evaluation.samples], allow_nan=False)
+
+
+def test_a_problem_that_comes_again_is_asked_once() -> None:
+    """As where a file has fewer held-out rows than `evaluation.problems`."""
+    few = problems(3)
+    runner = rewarded([[1.0], [0.0], [0.0]])
+    theta = np.zeros(3, np.float32)
+    found = evaluate_center(runner, theta, 0, [few[0], few[1], few[0], few[2], *few], Sampling(8), chunk=2)
+    assert found.summary["problems"] == 3
+    assert found.summary["accuracy_ci95"] == pytest.approx(list(wilson_interval(1, 3)))
+    assert [row["id"] for row in found.samples] == ["p0", "p1", "p2"]
+    assert [row["reward"] for row in found.samples] == [1.0, 0.0, 0.0]
+    alike = replace(few[1], example=replace(few[1].example, id="p0"))  # numbered alike by whoever made the file
+    found = evaluate_center(runner, theta, 0, [few[0], alike, few[0]], Sampling(8), chunk=2)
+    assert [row["prompt"] for row in found.samples] == ["prompt 0", "prompt 1"]
+
+
+def test_the_best_center_is_not_one_that_few_answers_of_which_can_be_scored() -> None:
+    few = evaluate([[1.0], [NAN], [NAN], [NAN]]).summary
+    half = evaluate([[1.0], [0.8], [0.0], [-0.2]]).summary
+    most = evaluate([[1.0], [0.8], [0.0], [0.0]]).summary
+    none = evaluate([[NAN], [NAN], [NAN], [NAN]]).summary
+    assert (few["reward"], few["unscored"], few["reward_lowest"]) == (1.0, 0.75, 1.0)
+    assert is_best(few, [])
+    assert not is_best(none, [])
+    assert is_best(half, [none, few])
+    assert not is_best(few, [half])
+    assert is_best(most, [few, half])
+    assert not is_best(most, [few, half, most])
 
 
 def test_nothing_scored_at_all() -> None:

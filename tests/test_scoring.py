@@ -113,6 +113,9 @@ def children() -> set[int]:
         ("Score(1.0, {'format': math.nan})", "invalid value", "nan is not finite"),
         ("Score(1.0, None)", "invalid value", "NoneType"),
         ("Score(1.0, accuracy=object())", "invalid value", "must be real number"),
+        ("Score(1.0, accuracy=87.5)", "invalid value", "accuracy 87.5 is not of 0 to 1"),
+        ("Score(1.0, accuracy=-1)", "invalid value", "accuracy -1 is not of 0 to 1"),
+        ("Score(1.0, accuracy=math.nan)", "invalid value", "nan is not finite"),
         ("Score(1.0, notes=None)", "invalid value", "notes are a NoneType"),
         ("Score(1.0, notes={'read': {1, 2}})", "invalid value", "set is not JSON serializable"),
         ("Score(1.0, notes={'read': math.nan})", "invalid value", "not JSON compliant"),
@@ -485,6 +488,24 @@ def test_a_key_is_used_once(scorer: Scorer) -> None:
     with pytest.raises(ValueError, match="'key' was submitted twice"):
         scorer.submit("key", rollout(GOOD))
     assert scorer.drain() == {"key": Score(3.0)}
+
+
+def test_a_process_that_outlives_a_kill_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is stuck in a driver; `wait` never sees it end."""
+    waits: list[float] = []
+
+    def wait(process: subprocess.Popen[bytes], timeout: float) -> int:
+        waits.append(timeout)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=0.5) as scorer:
+        with monkeypatch.context() as stuck:
+            stuck.setattr(subprocess.Popen, "wait", wait)
+            scorer.submit(0, rollout("time.sleep(1000)"))
+            assert scorer.drain()[0].error is not None
+        assert waits
+        scorer.submit(1, rollout(GOOD))
+        assert scorer.drain()[1] == Score(3.0)
 
 
 def test_a_broken_supervisor_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

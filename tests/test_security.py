@@ -28,6 +28,7 @@ from es_engine.spaces.lora import LoraSpace
 from es_engine.telemetry.console import LineTelemetry, LiveTelemetry
 from es_engine.telemetry.log import LogTelemetry
 from es_engine.text import HIDDEN, discreet, visible
+from es_engine.trainer import Notices
 from workers.vllm_engine import VllmOptions, _llm_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,14 @@ def test_the_console_of_a_run_shows_hostile_text_as_text(kind: Any, monkeypatch:
     assert "U+001B[2J" in shown
     assert "[/red]" in shown
     assert "0123456789" not in shown
+
+
+def test_what_is_told_before_there_is_a_console_is_as_safe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    Notices()("node 1 is given no more workers (https://me:hush@mirror said \x1b[2J to hf_0123456789)")
+    assert capsys.readouterr().err == ("node 1 is given no more workers (https://***@mirror said U+001B[2J to ***)\n")
 
 
 def test_the_log_takes_any_text_and_tells_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +229,7 @@ def test_addresses_hold_no_passwords(tmp_path: Path) -> None:
     assert told == "--address: it holds a name or a password; give the cluster's token in RAY_AUTH_TOKEN"
     data = config_of("x", "es", 0).model_dump(mode="json")
     with pytest.raises(ConfigError, match=r"pool\.address: got"):
-        parse_config({**data, "pool": {"address": "ray://me:hush@head:10001"}})
+        parse_config({**data, "pool": {"address": "me:hush@head:6379"}})
 
 
 def test_credentials_reach_workers_and_nothing_that_ray_writes_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from es_engine.config import TaskConfigModel
 
 BATCH = 32  # rollouts for a verifier that takes batches
+START_S = 300.0  # to load a verifier: a reward model may come from a network disk
 RECYCLE = 20_000  # rollouts after which a child gives way to a fresh one, with all that its verifier has hoarded
 PAUSE = 0.005  # seconds, at most, in which replies gather
 
@@ -55,7 +56,7 @@ class Scorer:
         processes: int = 1,
         deadline: float = 5.0,
         memory_bytes: int | None = None,
-        start_timeout: float = 60.0,
+        start_timeout: float = START_S,
         recycle: int = RECYCLE,
     ) -> None:
         self.failures: Counter[tuple[str, str]] = Counter()

@@ -34,6 +34,7 @@ Judged = tuple[dict[str, Any], dict[str, Failure]]
 """The fields of a score as plain data, and the kinds of failure by verifier."""
 
 MAX_ERROR = 500  # characters of an error that are passed on
+ROUNDING = 1e-9  # by which an accuracy may be outside 0 to 1
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -98,7 +99,7 @@ def plain_score(
     if numbers := {str(name): _finite(part) for name, part in components.items()}:
         plain["components"] = numbers
     if accuracy is not None:
-        plain["accuracy"] = _finite(accuracy)
+        plain["accuracy"] = _share(accuracy)
     if error is not None:
         plain["error"] = str(error)[:MAX_ERROR]
     if notes != {}:
@@ -209,6 +210,13 @@ def _finite(number: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{number} is not finite")
     return float(number)
+
+
+def _share(number: Any) -> float:
+    share = _finite(number)
+    if not -ROUNDING <= share <= 1 + ROUNDING:
+        raise ValueError(f"accuracy {number} is not of 0 to 1")
+    return min(max(share, 0.0), 1.0)
 
 
 def _describe(error: BaseException) -> str:

@@ -166,12 +166,18 @@ class ScoringProcess:
         return [Verdict(key, Score(None, error=str(failure)), {failure.name: failure.kind}) for key in keys]
 
     def kill(self) -> int:
-        """End the process and its group; returns how it ended, as subprocess does. May be called again."""
+        """End the process and its group; returns how it ended, as subprocess does. May be called again.
+
+        One that is stuck in a driver or a dead network disk is left to the kernel, which ends it when it can.
+        """
         self.socket.close()
         self._mark.close()
         if self._process.returncode is None:  # once it is reaped, the group's number may be someone else's
             os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait(REAP_TIMEOUT)
+        try:
+            return self._process.wait(REAP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
 
     @property
     def _asked(self) -> str:

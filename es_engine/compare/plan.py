@@ -201,7 +201,7 @@ def check_splits(comparison: ComparisonConfig) -> None:
 
 
 def _refuse_repeated(task: Task, test: range) -> None:
-    """Each problem counts as one of its own in intervals and tests; a few that came twice by chance do no harm."""
+    """Each is asked once, so that there would be fewer than the config says; a few less by chance do no harm."""
     known: set[object] = set()
     repeated = 0
     for number in test:
@@ -211,7 +211,7 @@ def _refuse_repeated(task: Task, test: range) -> None:
     if repeated > MOST_REPEATED * len(test):
         raise ValueError(
             f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems are the same as "
-            "others: the task has too few, and intervals would be too narrow"
+            "others: the task has too few"
         )
 
 

@@ -13,7 +13,9 @@ class EvaluationConfig(ConfigModel):
     """Held-out evaluation of the center, before the first generation, at intervals and at the end."""
 
     every: PositiveInt = Field(default=10, description="Generations between evaluations.")
-    problems: PositiveInt = Field(default=128, description="Held-out problems.")
+    problems: PositiveInt = Field(
+        default=128, description="Held-out problems; where there are fewer, each is asked once."
+    )
     first: NonNegativeInt = Field(default=0, description="Number of the first of them.")
     samples: PositiveInt = Field(default=1, description="Completions of each problem.")
     temperature: NonNegativeFloat = Field(default=0.0, description="Sampling temperature; 0 is greedy.")
