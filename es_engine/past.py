@@ -177,14 +177,17 @@ def beginning(materials: Materials) -> State:
 def _from_checkpoint(past: list[Line], stages: Stages, folder: RunFolder) -> tuple[State, int] | None:
     """The state of the latest checkpoint that fits a past, and how many lines of the past it knows."""
     places = [place for place, line in enumerate(past, start=1) if line["kind"] == "generation"]
-    found = folder.load_checkpoint(most=len(places))
-    if found is None:
-        return None
-    step, tensors = found
+    for step, tensors in folder.load_checkpoints(most=len(places)):
+        if step and (state := _fitting(past[: places[step - 1]], stages, step, tensors)) is not None:
+            return state, places[step - 1]
+    return None
+
+
+def _fitting(known: list[Line], stages: Stages, step: int, tensors: dict[str, torch.Tensor]) -> State | None:
+    """The state that a checkpoint of a step holds, if it is that of the lines known then, which end with the step's."""
     theta = tensors.pop("theta", torch.empty(0)).float().numpy()
-    if step == 0 or fingerprint(theta) != past[places[step - 1] - 1]["theta"]:
+    if fingerprint(theta) != known[-1]["theta"]:
         return None
-    known = past[: places[step - 1]]
     begun = [line for line in known if line["kind"] == "stage"]
     stage, first_step = (begun[-1]["stage"], begun[-1]["step"]) if begun else (0, 0)
     materials = stages[stage]
@@ -194,7 +197,7 @@ def _from_checkpoint(past: list[Line], stages: Stages, folder: RunFolder) -> tup
         return None
     optimizer.load_state(moments)
     costs = running_costs(line for line in known if line["kind"] == "generation")
-    return State(step, theta, optimizer, costs[-1], stage, first_step, costs[first_step]), len(known)
+    return State(step, theta, optimizer, costs[-1], stage, first_step, costs[first_step])
 
 
 def checkpoint(folder: RunFolder, ledger: Ledger, state: State, config: Config) -> None:

@@ -127,18 +127,18 @@ class RunFolder:
                 # On NFS a file that somebody reads, such as a backup, cannot be removed; the next call will do it.
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load_checkpoint(self, most: int) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """The latest readable checkpoint of at most `most` steps: its step and tensors."""
+    def load_checkpoints(self, most: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The readable checkpoints of at most `most` steps, the latest first: step and tensors."""
         for folder in reversed(self._checkpoint_folders()):
             step = _step_of(folder)
             if step <= most:
                 try:
                     with safe_open(folder / "state.safetensors", framework="pt") as file:
                         # Copies: what it gives stays mapped to the file, and an optimizer keeps its state for good.
-                        return step, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 except (SafetensorError, OSError):
                     continue  # damaged: an earlier one, or the ledger alone, gives the same theta
-        return None
+                yield step, tensors
 
     @property
     def last_checkpoint_time(self) -> float | None:

@@ -111,13 +111,15 @@ class Job:
         last_words = False
         while True:
             try:
-                asyncio.run(self._read_log(write))
+                rest = asyncio.run(self._read_log(write))
                 whole = True
             except LOST as error:
-                whole = last_words
+                rest, whole = "", last_words
                 write(f"es-engine: the log broke off ({error or type(error).__name__})")
             info = self._info()
             if info.status.is_terminal() and whole:
+                if rest:  # of a driver that was killed in the middle of a line
+                    self._take(rest, write)
                 if info.driver_exit_code is None:
                     return Ending(1, self._summary, info.message or info.status.value)
                 return Ending(info.driver_exit_code, self._summary)
@@ -138,8 +140,9 @@ class Job:
                     ) from error
             time.sleep(TICK_S)
 
-    async def _read_log(self, write: Callable[[str], None]) -> None:
-        """Hand on the lines that no connection before this one brought; a log is told from its beginning each time."""
+    async def _read_log(self, write: Callable[[str], None]) -> str:
+        """Hand on the lines that no connection before this one brought; a log is told from its beginning each time.
+        What comes back is the beginning of a line that has no end yet."""
         number, partial = 0, ""
         async for text in self.client.tail_job_logs(self.id):
             *lines, partial = (partial + text).split("\n")
@@ -148,6 +151,7 @@ class Job:
                 if number > self._lines:
                     self._lines = number
                     self._take(line, write)
+        return partial
 
     def _take(self, line: str, write: Callable[[str], None]) -> None:
         if line.startswith(f'{{"{SUMMARY}": '):

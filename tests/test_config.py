@@ -136,7 +136,8 @@ SENTENCES = {
     "pool.workers={min: 0, max: 2}": "pool.workers.min: got 0, accepted is an integer >= 1",
     "pool.workers={most: 2}": "pool.workers.max: missing, accepted is an integer >= 1\n"
     "pool.workers.most: unknown key; accepted are min, max",
-    "pool.address=head": 'pool.address: got "head", accepted is null, auto, host:port or ray://host:port',
+    "pool.address=head": 'pool.address: got "head", accepted is null, auto or host:port',
+    "pool.address=ray://head:10001": 'pool.address: got "ray://head:10001", accepted is null, auto or host:port',
     "budget.generations=null": "budget.generations: got null, accepted is an integer >= 1 while all other "
     "limits are null too",
     "budget={flops: 0}": "budget.flops: got 0, accepted is null or a number > 0",
@@ -211,7 +212,6 @@ POSSIBLE = (
     ["evaluation.samples=4", "evaluation.temperature=1"],
     ["pool.address=auto"],
     ["pool.address=10.0.0.1:6379"],
-    ["pool.address=ray://head:10001"],
 )
 
 

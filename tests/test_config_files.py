@@ -246,7 +246,7 @@ tasks = optional(
     weights=st.none() | optional(format=positive, solved=positive),
     deadline=positive,
 )
-pools = optional(workers=st.just("auto") | counts, address=st.sampled_from([None, "auto", "ray://head:1"]))
+pools = optional(workers=st.just("auto") | counts, address=st.sampled_from([None, "auto", "head:1"]))
 vllm = optional(chunk=counts.map(lambda half: 2 * half), dtype=st.sampled_from(["auto", "float32"]))
 hf = st.fixed_dictionaries({"kind": st.just("hf")}, optional={"device": st.sampled_from(["auto", "cpu", "cuda"])})
 configs = st.fixed_dictionaries(

@@ -168,7 +168,13 @@ def test_gpus() -> None:
 @pytest.mark.parametrize(
     ("lists", "torch", "visible", "detail", "remedy"),
     [
-        (["NVIDIA L4"], "2.13.0+cpu", None, "the driver lists NVIDIA L4, but .* sees none: a CPU build", r"\.\[cuda\]"),
+        (
+            ["NVIDIA L4"],
+            "2.13.0+cpu",
+            None,
+            "the driver lists NVIDIA L4, but .* sees none: a CPU build",
+            r"install_cuda\.sh",
+        ),
         (["NVIDIA L4"], "2.13.0", "", "sees none: CUDA_VISIBLE_DEVICES=$", "^unset CUDA_VISIBLE_DEVICES"),
         (["NVIDIA L4"], "2.13.0", None, "the driver lists NVIDIA L4, but torch 2.13.0 sees none$", "update the driver"),
         ([], "2.13.0", None, "^none, but torch 2.13.0 is no CPU build$", "--gpus all"),
@@ -196,13 +202,18 @@ def test_ports() -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         taken.listen()
-        assert not machine.port_is_free(port)
-        assert machine.check_metrics_port(port, wanted=False).status == "warn"
-        taken_port = machine.check_metrics_port(port, wanted=True)
+        assert machine.refusal_of_port("127.0.0.1", port) == "in use"
+        assert machine.check_metrics_port("127.0.0.1", port, wanted=False).status == "warn"
+        taken_port = machine.check_metrics_port("127.0.0.1", port, wanted=True)
         assert (taken_port.status, "telemetry.prometheus_port" in taken_port.remedy) == ("fail", True)
         assert "pool.address=auto" in machine.check_ray_port(port, "Ray's head").detail
-    assert machine.port_is_free(port)
-    assert machine.check_metrics_port(port, wanted=True).status == "ok"
+    assert machine.refusal_of_port("127.0.0.1", port) is None
+    assert machine.check_metrics_port("127.0.0.1", port, wanted=True).status == "ok"
+    elsewhere = machine.check_metrics_port("192.0.2.1", port, wanted=True)  # an address that no machine has
+    assert (elsewhere.status, elsewhere.detail) == (
+        "fail",
+        "Cannot assign requested address at 192.0.2.1 (a run's metrics)",
+    )
 
 
 def test_the_metrics_port_is_the_one_that_is_scraped() -> None:

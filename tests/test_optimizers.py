@@ -96,7 +96,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(
     first = build_optimizer(config, start())
     theta = walk(first, start(), range(done))
     folder.save_checkpoint(done, {"theta": torch.from_numpy(theta), **first.state()})
-    loaded = folder.load_checkpoint(most=done)
+    loaded = next(folder.load_checkpoints(most=done), None)
     assert loaded is not None
     step, tensors = loaded
     assert step == done

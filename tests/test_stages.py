@@ -202,6 +202,8 @@ def test_steps_of_es_are_replayed_from_where_gradients_have_left_theta(undisturb
     shutil.copytree(undisturbed, run)
     for step in (3, 4, 7, 8):
         shutil.rmtree(run / f"checkpoints/step-{step:06d}", ignore_errors=True)
+    foreign = shutil.copytree(run / "checkpoints/step-000002", run / "checkpoints/step-000008")
+    assert foreign.is_dir()
     folder, generations = RunFolder(run), ledger_of(run).generations
     for step in (3, 4, 6, 8):
         state = past._at_the_end(past._past(ledger_of(run), step), past.Stages(folder.load_config()), folder)

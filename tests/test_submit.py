@@ -122,6 +122,14 @@ def test_the_log_is_followed_once_though_connections_break_and_the_end_is_shown(
     assert ["before", "0.500", "0.250", "0.100", "to", "0.400"] in [line.split() for line in lines]
 
 
+def test_the_last_words_of_a_driver_that_was_killed_are_shown() -> None:
+    log = ["generation 1\ngenerat", "ion 2: rew"]
+    with JobServer(log=log, status="FAILED", exit_code=137, drops=1).running() as server:
+        code, lines = submitted(server)
+    assert code == 137
+    assert [line for line in lines if "generation" in line] == ["generation 1", "generation 2: rew"]
+
+
 def test_the_command_ends_as_the_job_does(capsys: pytest.CaptureFixture[str]) -> None:
     with JobServer(log=["es-engine: task.data: not there\n"], status="FAILED", exit_code=3).running() as server:
         assert submitted(server)[0] == 3

@@ -77,7 +77,7 @@ def _on_loopback() -> Iterator[None]:
 
 def _knock(address: str) -> None:
     """Raises OSError if nobody listens at host:port, which Ray itself would only find out after minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 

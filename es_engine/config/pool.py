@@ -18,7 +18,7 @@ from es_engine.config.base import (
     problem,
 )
 
-_ADDRESS = re.compile(r"auto|(ray://)?[^\s/@]+:\d+")
+_ADDRESS = re.compile(r"auto|[^\s/@]+:\d+")
 
 
 class WorkerRangeConfig(ConfigModel):
@@ -47,7 +47,7 @@ class PoolConfig(ConfigModel):
     )
     address: Text | None = Field(
         default=None,
-        description="The Ray cluster to join: auto, host:port or ray://host:port; null starts a local one.",
+        description="The Ray cluster to join: auto or the host:port of its head; null starts a local one.",
     )
     threads: PositiveInt = Field(default=1, description="CPU threads, each on a core of its own, of a worker.")
     tensor_parallel: PositiveInt = Field(default=1, description="Devices that share one worker's model.")
@@ -66,5 +66,5 @@ class PoolConfig(ConfigModel):
     @model_validator(mode="after")
     def _address_is_one(self) -> Self:
         if self.address is not None and not _ADDRESS.fullmatch(self.address):
-            raise problem("address", self.address, "null, auto, host:port or ray://host:port")
+            raise problem("address", self.address, "null, auto or host:port")
         return self

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from es_engine.config import Config, VllmEngineConfig
+from es_engine.config import Config, TelemetryConfig, VllmEngineConfig
 from es_engine.doctor import machine, software
 from es_engine.doctor.base import Check, read
 from es_engine.doctor.cluster import check_ray_cluster, check_ray_versions
@@ -28,7 +28,8 @@ def examine(config: Config | None = None) -> list[Check]:
     meminfo = read("/proc/meminfo")
     limit = machine.memory_limit(read("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     engine = config.engine if config and config.engine.kind == "vllm" else VllmEngineConfig()
-    port = config.telemetry.prometheus_port if config else None
+    telemetry = config.telemetry if config else TelemetryConfig()
+    host, port = telemetry.prometheus_host, telemetry.prometheus_port
     address = config.pool.address if config else os.environ.get("RAY_ADDRESS")
     return [
         machine.check_python(sys.version_info[:2]),
@@ -42,7 +43,7 @@ def examine(config: Config | None = None) -> list[Check]:
         software.check_gpus(software.nvidia_smi(), versions["torch"], os.environ.get("CUDA_VISIBLE_DEVICES"), probe),
         software.check_gpu_memory(probe.gpus, engine.gpu_memory_utilization),
         software.check_demo_model(),
-        machine.check_metrics_port(port or machine.METRICS_PORT, wanted=bool(port)),
+        machine.check_metrics_port(host, port or machine.METRICS_PORT, wanted=bool(port)),
         *(machine.check_ray_port(port, owner) for port, owner in machine.RAY_PORTS.items()),
         *(_of_the_cluster(address) if address else ()),
         *(_of_the_run(config, probe.gpus, machine.available_memory(meminfo, limit)) if config and meminfo else ()),

@@ -120,27 +120,27 @@ def model_cache() -> Path:
     return Path(os.environ.get("ES_ENGINE_CACHE", "~/.cache/es-engine")).expanduser().absolute()
 
 
-def check_metrics_port(port: int, *, wanted: bool) -> Check:
-    """The port that a run serves its metrics on; whether the config at hand has it do so."""
-    if port_is_free(port):
+def check_metrics_port(host: str, port: int, *, wanted: bool) -> Check:
+    """The address that a run serves its metrics on; whether the config at hand has it do so."""
+    refusal = refusal_of_port(host, port)
+    if refusal is None:
         return Check(f"port {port}", "ok", "free (a run's metrics)")
     remedy = "another run may have it: set telemetry.prometheus_port to a free one, 0 for any, or null for none"
-    return Check(f"port {port}", "fail" if wanted else "warn", "in use (a run's metrics)", remedy)
+    return Check(f"port {port}", "fail" if wanted else "warn", f"{refusal} (a run's metrics)", remedy)
 
 
 def check_ray_port(port: int, owner: str) -> Check:
-    if port_is_free(port):
+    if refusal_of_port("127.0.0.1", port) is None:
         return Check(f"port {port}", "ok", f"free ({owner})")
     return Check(f"port {port}", "ok", f"in use, perhaps by {owner}: pool.address=auto joins a running cluster")
 
 
-def port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
+def refusal_of_port(host: str, port: int) -> str | None:
+    """Why nothing can listen there; None if it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return False
-    return True
+            return "in use" if error.errno == errno.EADDRINUSE else f"{error.strerror} at {host}"
+    return None

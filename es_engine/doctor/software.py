@@ -97,9 +97,11 @@ def probe_imports(modules: list[str]) -> Probe:
 
 def check_package(name: str, version: str | None, probe: Probe) -> Check:
     if version is None and name == "vllm":
-        return Check(name, "warn", "not installed", "make setup (CPU) or pip install -e .[cuda]; engine.kind=hf works")
+        return Check(
+            name, "warn", "not installed", "make setup (CPU) or deploy/install_cuda.sh FOLDER; engine.kind=hf works"
+        )
     if version is None:
-        return Check(name, "fail", "not installed", "make setup (CPU) or pip install -e .[cuda]")
+        return Check(name, "fail", "not installed", "make setup (CPU) or deploy/install_cuda.sh FOLDER")
     if error := probe.errors[MODULES[name]]:
         return Check(name, "fail", f"{version} does not import: {error}", "make clean setup, or see torchvision below")
     return Check(name, "ok", version)
@@ -135,7 +137,7 @@ def check_gpus(driver_lists: Sequence[str], torch: str | None, visible: str | No
     if driver_lists:
         detail = f"the driver lists {', '.join(driver_lists)}, but torch {torch} sees none"
         if not cuda:
-            return Check("gpus", "warn", f"{detail}: a CPU build", "in a new environment: pip install -e .[cuda]")
+            return Check("gpus", "warn", f"{detail}: a CPU build", "a new environment: deploy/install_cuda.sh FOLDER")
         if visible is not None:
             return Check("gpus", "warn", f"{detail}: CUDA_VISIBLE_DEVICES={visible}", "unset CUDA_VISIBLE_DEVICES")
         remedy = "update the driver, which may be older than torch's CUDA; in a container: docker run --gpus all"
