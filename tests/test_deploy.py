@@ -23,7 +23,7 @@ from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
 from es_engine.cli import app
-from es_engine.config import load_config
+from es_engine.config import load_comparison, load_config
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -103,7 +103,9 @@ def parse_es_engine(arguments: list[str]) -> None:
     """Also loads the config that the command names, with its overrides."""
     given = parse(get_command(app), arguments)
     config = str(given.get("config") or "").replace(f"{IMAGE_HOME}/", "")
-    if config.startswith("configs/"):
+    if config.startswith("configs/comparisons/"):
+        load_comparison(ROOT / config, given["overrides"] or [])
+    elif config.startswith("configs/"):
         load_config(ROOT / config, given["overrides"] or [])
     else:
         assert config in {"", "1"}, config
