@@ -326,6 +326,20 @@ def test_a_place_where_no_other_worker_can_start_costs_that_worker_alone(
     assert len(cluster.processes) == first + 5
 
 
+def test_a_run_whose_last_place_is_lost_too_ends_at_once_and_waits_for_none_that_was_given_up(start: Any) -> None:
+    def broken(process: int, method: str, arguments: tuple[Any, ...]) -> tuple[float, Any]:
+        dies = process > 1 if method == "start" else process == 1 or arguments == (9,)
+        return (1.0, ActorDiedError()) if dies else well(process, method, arguments)
+
+    pool, cluster, notices = start(broken, nodes=[1.0, 1.0], workers="auto")
+    assert pool.run([call(5), call(5)]) == [0, 0]
+    assert any("worker 1 is given up" in notice for notice in notices)
+    began = cluster.now
+    with pytest.raises(ValueError, match=r"^worker 0 died 4 times while starting"):
+        pool.run([call(9)])
+    assert cluster.now < began + 30
+
+
 def test_with_bounds_the_autoscaler_is_asked_for_the_most_workers_until_the_end(start: Any) -> None:
     pool, cluster, _ = start(well, workers={"min": 1, "max": 5}, threads=2)
     assert cluster.requests == [[{"CPU": 2.0}] * 5]
