@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from es_engine.config import Config
 from workers.cluster import on_gpus
-from workers.places import Place, bounds, bundles, free_places, plan_places
-
-Nodes = Mapping[str, Mapping[str, float]]
-"""The resources of living nodes, by id."""
+from workers.places import Nodes, Place, bounds, bundles, free_places, plan_places
 
 
 class Ground:
@@ -31,7 +28,8 @@ class Ground:
     def check_room(self, nodes: Nodes, nodes_may_come: bool) -> None:
         """Raises ValueError if there is no room for the fewest workers, unless nodes may come."""
         pool, room = self._config.pool, len(self._places(nodes))
-        if room < self.fewest and not (nodes_may_come and not isinstance(pool.workers, int | str)):
+        waits = nodes_may_come and not isinstance(pool.workers, int | str)
+        if room < self.fewest and not waits:
             kind = f"{pool.tensor_parallel} GPU(s)" if self._on_gpu else f"{pool.threads} CPU(s)"
             raise ValueError(f"pool.workers: the cluster has room for {room} workers of {kind} each, not {self.fewest}")
 
@@ -73,5 +71,5 @@ class Ground:
         return free_places(self._places(nodes), [*taken, *self._given_up])
 
     def _places(self, nodes: Nodes) -> list[Place]:
-        usable = {node: dict(resources) for node, resources in nodes.items() if node not in self._barred}
+        usable = {node: resources for node, resources in nodes.items() if node not in self._barred}
         return plan_places(self._config, usable, self._on_gpu)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from es_engine.config import Config, PoolConfig, SimulatedEngineConfig
+
+Nodes = Mapping[str, Mapping[str, float]]
+"""The resources of living nodes, by id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def bundles(pool: PoolConfig, on_gpu: bool) -> list[dict[str, float]]:
     return [{"CPU": float(pool.threads), **gpus} for _ in range(pool.workers.max)]
 
 
-def plan_places(config: Config, nodes: dict[str, dict[str, float]], on_gpu: bool) -> list[Place]:
+def plan_places(config: Config, nodes: Nodes, on_gpu: bool) -> list[Place]:
     """All places that nodes of these resources have for workers, node by node."""
     pool = config.pool
     by_cpu = {node: int(nodes[node].get("CPU", 0)) // pool.threads for node in sorted(nodes)}

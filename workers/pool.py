@@ -41,8 +41,8 @@ from workers.cluster import (
     living_nodes,
 )
 from workers.divergence import Diverged, NotFinite
-from workers.ground import Ground, Nodes
-from workers.places import Place
+from workers.ground import Ground
+from workers.places import Nodes, Place
 from workers.simulated_engine import SimulatedWorkers
 
 if TYPE_CHECKING:
