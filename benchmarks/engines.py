@@ -50,6 +50,7 @@ class Setup:
     max_num_seqs: int
     kv_cache_bytes: int
     block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ class Engine:
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before torch is imported
+    if not os.path.exists("/dev/nvidiactl"):  # beside a GPU the thread that steers it may go anywhere
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before torch is imported
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     _silence()
     try:
@@ -143,6 +145,7 @@ class Bare:
             "max_model_len": setup.max_model_len,
             "max_num_seqs": setup.max_num_seqs,
             "kv_cache_memory_bytes": setup.kv_cache_bytes,
+            "gpu_memory_utilization": setup.gpu_memory_utilization,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             "seed": 0,
@@ -240,6 +243,7 @@ class Slots(Bare):
             max_model_len=setup.max_model_len,
             max_num_seqs=setup.max_num_seqs,
             kv_cache_bytes=setup.kv_cache_bytes,
+            gpu_memory_utilization=setup.gpu_memory_utilization,
         )
         noise = 4 * self.space.dim * setup.slots
         self.engine = VllmEngine(setup.model, self.space, RUN_SEED, setup.slots, noise, options)
