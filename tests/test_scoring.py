@@ -234,7 +234,7 @@ def test_a_rollout_arrives_as_it_was() -> None:
 )
 def test_a_forged_reply_costs_one_rollout(monkeypatch: pytest.MonkeyPatch, forgery: str) -> None:
     monkeypatch.setenv("FORGERY", forgery)
-    with Scorer(VerifierSpec(f"{VERIFIERS}:score"), deadline=DEADLINE) as scorer:
+    with Scorer(VerifierSpec(f"{VERIFIERS}:score")) as scorer:
         scorer.submit("forged", rollout("forge()"))
         scorer.submit("after", rollout(GOOD))
         scores = scorer.drain()
@@ -458,7 +458,6 @@ def test_a_module_in_the_current_directory_hides_none_of_the_engine_s(
         ("import no_such_module", "score", r"cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'$"),
         ("raise SystemExit(2)", "score", r"cannot be loaded: SystemExit: 2$"),
         ("import os; os._exit(2)", "score", r"^verifier: the process of .*user\.py:score died \(exit code 2\)$"),
-        ("import time; time.sleep(1000)", "score", r"user\.py:score took longer than 1.5 s to load$"),
     ],
 )
 def test_a_verifier_that_cannot_be_loaded(tmp_path: Path, source: str | None, function: str, sentence: str) -> None:
@@ -466,7 +465,15 @@ def test_a_verifier_that_cannot_be_loaded(tmp_path: Path, source: str | None, fu
     if source is not None:
         (tmp_path / "user.py").write_text(source)
     with pytest.raises(ValueError, match=sentence):
-        Scorer(VerifierSpec(f"{tmp_path}/user.py:{function}"), processes=2, start_timeout=1.5)
+        Scorer(VerifierSpec(f"{tmp_path}/user.py:{function}"), processes=2)
+    assert threading.active_count() == threads
+
+
+def test_a_verifier_that_takes_too_long_to_load(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    (tmp_path / "user.py").write_text("import time; time.sleep(1000)")
+    with pytest.raises(ValueError, match=r"user\.py:score took longer than 1.5 s to load$"):
+        Scorer(VerifierSpec(f"{tmp_path}/user.py:score"), processes=2, start_timeout=1.5)
     assert threading.active_count() == threads
 
 
