@@ -1,4 +1,4 @@
-"""vLLM engines in processes of their own, each on one thread of the same core, that take turns at work.
+"""vLLM engines in processes of their own, each on one thread, if pinned of the same core, that take turns at work.
 
 vLLM holds global state, and the engine replaces a part of its CPU platform, so that ways of serving members cannot be
 compared within one process. A `Engine` here is a handle: `call` has the process do one piece of work and waits for it.
@@ -51,6 +51,7 @@ class Setup:
     kv_cache_bytes: int
     block_size: int | None = None
     gpu_memory_utilization: float = 0.9
+    pinned: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Engine:
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    if not os.path.exists("/dev/nvidiactl"):  # beside a GPU the thread that steers it may go anywhere
+    if setup.pinned:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before torch is imported
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     _silence()

@@ -114,6 +114,7 @@ def setup(model: Path, kind: Kind) -> Setup:
         max_num_seqs=LOAD.sequences,
         kv_cache_bytes=12 << 30,
         gpu_memory_utilization=0.2,
+        pinned=False,
     )
 
 

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from inputs import random_center, random_prompts
+from programs import run
 from simple_losses import MeanNll
 from vllm_engines import (
     GREEDY,
@@ -45,6 +46,7 @@ from workers.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
+CONFIG = Path(__file__).parents[1] / "configs/countdown_tiny.yaml"
 FLOAT16_TOLERANCE = 0.05
 APART = 0.3
 """Mean difference, at least, between log-probabilities of different members."""
@@ -180,13 +182,6 @@ def test_a_rested_engine_frees_the_gpu_and_goes_on_with_its_slots(engine: VllmEn
     assert texts(engine, requests, GREEDY)
 
 
-def test_noise_sums_are_those_of_a_cpu_bit_for_bit(engine: VllmEngine, space: LoraSpace) -> None:
-    expected = torch.zeros(space.dim)
-    for pair, weight in ((5, 0.5), (0, -2.0)):
-        expected.add_(torch.from_numpy(noise.draw(RUN_SEED, 0, pair, space.dim)), alpha=weight)
-    np.testing.assert_array_equal(engine.noise_sum(0, [5, 0], [0.5, -2.0]), expected.numpy())
-
-
 def test_gradients_are_those_of_a_cpu_and_the_same_again(random_llama: Path, space: LoraSpace) -> None:
     ids = random_prompts(14, 5, 19, 16)
     samples = [Sample(each[:3], each[3:], {}) for each in ids]
@@ -210,8 +205,8 @@ def test_gradients_are_those_of_a_cpu_and_the_same_again(random_llama: Path, spa
 def command(folder: Path, *changes: str) -> list[str]:
     small = ("engine.dtype=bfloat16", "engine.gpu_memory_utilization=0.3", "model.steps=60", "evaluation.problems=64")
     sets = [part for change in (*small, *changes) for part in ("--set", change)]
-    run = ["train", "configs/countdown_tiny.yaml", "--run-dir", str(folder), *sets]
-    return [sys.executable, "-c", "from es_engine.cli import main; main()", *run]
+    program = Path(sys.executable).with_name("es-engine")
+    return [str(program), "train", str(CONFIG), "--run-dir", str(folder), *sets]
 
 
 GRADIENTS = {
@@ -225,7 +220,7 @@ GRADIENTS = {
 @pytest.fixture(scope="module")
 def es_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "es"
-    train(folder, "budget.generations=4", "method.population=16", "method.prompts=16")
+    run(command(folder, "budget.generations=4", "method.population=16", "method.prompts=16"), folder.parent)
     return folder
 
 
@@ -239,7 +234,8 @@ def test_a_run_of_es_ends_well(es_run: Path) -> None:
 def test_a_run_with_gradients_ends_well(es_run: Path, tmp_path: Path, method: str) -> None:
     folder = tmp_path / method
     changed = GRADIENTS[method].replace("ES", str(es_run))
-    train(folder, "budget.generations=3", f"method={changed}", "optimizer={kind: adam, lr: 0.001}")
+    changes = ("budget.generations=3", f"method={changed}", "optimizer={kind: adam, lr: 0.001}")
+    run(command(folder, *changes), tmp_path)
     assert generations(folder) == 3
 
 
@@ -250,21 +246,16 @@ def test_a_run_goes_on_after_its_worker_is_killed(tmp_path: Path) -> None:
     changes = ("budget.generations=25", "method.population=16", "method.prompts=16", "pool.workers=1")
     with subprocess.Popen(
         command(folder, *changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
-        while run.poll() is None and not ((folder / "ledger.jsonl").exists() and generations(folder) > 2):
+    ) as driver:
+        while driver.poll() is None and not ((folder / "ledger.jsonl").exists() and generations(folder) > 2):
             time.sleep(0.2)
-        killed = [each for each in psutil.Process(run.pid).children(recursive=True) if is_worker(each)]
+        killed = [each for each in psutil.Process(driver.pid).children(recursive=True) if is_worker(each)]
         for each in killed:
             each.kill()
-        said, _ = run.communicate()
+        said, _ = driver.communicate()
     assert killed, said[-3000:]
-    assert run.returncode == 0, said[-3000:]
+    assert driver.returncode == 0, said[-3000:]
     assert generations(folder) == 25
-
-
-def train(folder: Path, *changes: str) -> None:
-    done = subprocess.run(command(folder, *changes), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def is_worker(process: psutil.Process) -> bool:
