@@ -40,7 +40,8 @@ def test_norms_equal_torch(dtype: torch.dtype, rows: int) -> None:
     normed, total = ir.ops.fused_add_rms_norm.impls[PROVIDER].impl_fn(x.clone(), residual.clone(), weight, 1e-5)
     torch.testing.assert_close(total, x + residual, **close)
     expected = torch.nn.functional.rms_norm(x.double() + residual.double(), (96,), weight.double(), 1e-5)
-    torch.testing.assert_close(normed.double(), expected, **close)
+    # Without AVX-512 the kernel cuts bfloat16 off and does not round: once in the sum, once in what is made of it.
+    torch.testing.assert_close(normed.double(), expected, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_norms_that_the_kernels_cannot_do_are_left_to_vllm() -> None:

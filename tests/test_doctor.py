@@ -68,9 +68,17 @@ def test_cpu_counts_cores_and_names_extensions() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is asked of x86-64 only")
-def test_cpu_without_avx512_is_warned_of() -> None:
-    check = machine.check_cpu("flags : fpu avx2\n", threads=4, usable=4)
-    assert (check.status, check.detail) == ("warn", "4 of 4 threads usable, 4 cores; AVX2")
+@pytest.mark.parametrize(
+    ("flags", "found", "remedy"),
+    [
+        ("fpu avx2", "AVX2", "without AVX-512 bfloat16 is .* set engine.dtype=float32"),
+        ("fpu", "no AVX2, AVX-512 or bf16", "vLLM's CPU build wants AVX2; engine.kind=hf runs without"),
+    ],
+)
+def test_cpu_without_avx512_is_warned_of(flags: str, found: str, remedy: str) -> None:
+    check = machine.check_cpu(f"flags : {flags}\n", threads=4, usable=4)
+    assert (check.status, check.detail) == ("warn", f"4 of 4 threads usable, 4 cores; {found}")
+    assert re.fullmatch(remedy, check.remedy)
 
 
 def test_memory_is_bounded_by_the_control_group() -> None:

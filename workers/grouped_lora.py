@@ -3,9 +3,10 @@
 vLLM's own CPU path gathers a copy of the adapter's weights for every token. Here tokens are grouped by slot once, when
 their layout changes, and each layer is two products over groups (`cpu_kernels.py`). A factor that is not trained is the
 same in every slot, so it is held once; where that is A, its product is one plain matrix product for all tokens, with A
-packed as vLLM packs the base model's weights. Where a layer packs several matrices (q, k, v), their slot tensors are
-views of one stack: A (slots, n*r, in), and B (slots, r, out) with each matrix in columns of its own. Tokens without an
-adapter are left alone (vLLM 0.32's CPU path gives them the last slot's).
+packed as vLLM packs the base model's weights, where the CPU multiplies numbers of its type. Where a layer packs several
+matrices (q, k, v), their slot tensors are views of one stack: A (slots, n*r, in), and B (slots, r, out) with each
+matrix in columns of its own. Tokens without an adapter are left alone (vLLM 0.32's CPU path gives them the last
+slot's).
 
 Shapes: T tokens, n slices, r slot rank, K = n*r.
 """
@@ -26,7 +27,6 @@ from workers import cpu_kernels
 
 Factor = Literal["A", "B"]
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_SIZES = 32
 """Numbers of tokens for which oneDNN keeps a product it has prepared; vLLM's own number."""
 
@@ -155,8 +155,15 @@ def pack_shared(manager: Any) -> None:
     """Pack every A that all slots share; from now on it must not be written."""
     for layer in _grouped_layers(manager):
         stack = layer.punica_wrapper.stacks[layer.lora_a_stacked[0].data_ptr()]
-        if _is_shared(stack.a) and _custom_ops._supports_onednn and stack.a.dtype in PACKED_DTYPES:
+        if _is_shared(stack.a) and _packs(stack.a.dtype):
             stack.packed_a = _custom_ops.create_onednn_mm(stack.a[0].T, PACKED_SIZES)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs matrices of a type here: those of bfloat16 only where the CPU has AVX-512 or the like."""
+    if not _custom_ops._supports_onednn:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _grouped_layers(manager: Any) -> list[Any]:

@@ -36,8 +36,14 @@ def check_cpu(cpuinfo: str, threads: int, usable: int) -> Check:
     detail = f"{usable} of {threads} threads usable, {physical_cores(cpuinfo) or threads} cores"
     detail += f"; {', '.join(extensions) or 'no AVX2, AVX-512 or bf16'}"
     if platform.machine() == "x86_64" and "AVX-512" not in extensions:
-        return Check("cpu", "warn", detail, "vLLM's CPU build wants AVX-512; engine.kind=hf runs without")
+        return Check("cpu", "warn", detail, _remedy("AVX2" in extensions))
     return Check("cpu", "ok", detail)
+
+
+def _remedy(avx2: bool) -> str:
+    if avx2:
+        return "without AVX-512 bfloat16 is several times slower than float32: set engine.dtype=float32"
+    return "vLLM's CPU build wants AVX2; engine.kind=hf runs without"
 
 
 def physical_cores(cpuinfo: str) -> int:
