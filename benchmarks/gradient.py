@@ -4,8 +4,9 @@ A step is loss, backward and Adam, on one thread, in one micro-batch of given co
 goes the way of a run: samples in micro-batches to a worker's gradient model, its gradient back in theta's coordinates,
 shortened to `max_norm`, and a step of theta, which the model then wears. TRL is `training_step` of its own trainers on
 the same tokens, ready as tensors, and then what its loop does: the gradients' norm clipped, AdamW without decay, the
-gradients dropped. Both have the same float32 model and LoRA, both factors trained, and take turns in one process;
-"apart" is how far they end from each other, over how far they moved. DPO's reference is in both the model without its
+gradients dropped. "each" is ours with a prompt read anew with each of its completions, as TRL does, and not once. All
+have the same float32 model and LoRA, both factors trained, and take turns in one process; "apart" is how far ours and
+TRL end from each other, over how far they moved. DPO's reference is in both the model without its
 adapter, whose log-probabilities are part of the step. Memory is of one further step: the tensors that it makes, at
 their peak, by torch's own count, and at its own peak what else Python allocates, such as theta's vectors; the weights
 and the optimizer's moments, which both have before it, are not in it.
@@ -56,9 +57,9 @@ from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.peft_model import factor_weight
 from workers.samples import Sample
 
-Side = Literal["ours", "TRL"]
-SIDES: tuple[Side, ...] = ("ours", "TRL")
-GROUP = 4
+Side = Literal["ours", "each", "TRL"]
+SIDES: tuple[Side, ...] = ("ours", "each", "TRL")
+GROUP = 8
 BETA, MAX_NORM = 0.1, 1.0
 WHOLE = 1 << 20
 """Tokens of a micro-batch that is the whole batch."""
@@ -109,10 +110,10 @@ def step(model: Model, kind: Kind, repeats: int) -> Row:
     samples = samples_of(materials, kind, model.rows)
     sides = {side: BUILDERS[side](materials, kind, samples) for side in SIDES}
     timings = take_turns({side: built.step for side, built in sides.items()}, repeats)
-    ratio = timings["ours"].over(timings["TRL"])
+    ratio, once = timings["ours"].over(timings["TRL"]), timings["ours"].over(timings["each"])
     low, high = ratio.quartiles
-    memory = {side: peak_memory(built.step) for side, built in sides.items()}
-    ours, theirs = (sides[side].theta() for side in SIDES)
+    memory = {side: peak_memory(sides[side].step) for side in ("ours", "TRL")}
+    ours, theirs = sides["ours"].theta(), sides["TRL"].theta()
     return {
         "model": model.name,
         "method": kind,
@@ -122,6 +123,7 @@ def step(model: Model, kind: Kind, repeats: int) -> Row:
         "TRL, ms": 1000 * timings["TRL"].median,
         "ours/TRL": ratio.median,
         "quartiles": f"{low:.2f} to {high:.2f}",
+        "ours/each": once.median,
         "ours, MB": memory["ours"],
         "TRL, MB": memory["TRL"],
         "apart": float(np.linalg.norm(ours - theirs) / np.linalg.norm(ours - materials.space.start())),
@@ -186,7 +188,8 @@ class Ours:
         self._samples, self._loss = samples, loss_of(kind, samples)
         self._together = 2 if kind == "dpo" else 1
         self._updates = Updates(config, materials.space.dim, parameters=0, adapted=0)
-        self._pool = OneModel(GradientModel(materials.model, materials.space, "float32"))
+        self.model = GradientModel(materials.model, materials.space, "float32")
+        self._pool = OneModel(self.model)
         self._theta = materials.space.start()
         self._optimizer = build_optimizer(AdamConfig(lr=LR), self._theta)
 
@@ -197,6 +200,13 @@ class Ours:
     def theta(self) -> Vector:
         """Shape (D,)."""
         return self._theta
+
+
+def prompts_with_each(materials: Materials, kind: Kind, samples: Sequence[Sample]) -> Ours:
+    """Ours, but that nothing is shared."""
+    whole = Ours(materials, kind, samples)
+    whole.model._shares = False
+    return whole
 
 
 def loss_of(kind: Kind, samples: Sequence[Sample]) -> Loss:
@@ -305,7 +315,11 @@ ROWS: dict[Kind, list[dict[str, Any]]] = {  # which its trainers want to be made
     "dpo": [{"prompt": "1", "chosen": "2", "rejected": "3"}],
     "grpo": [{"prompt": "1"}],
 }
-BUILDERS: dict[Side, Callable[[Materials, Kind, Sequence[Sample]], Ours | Theirs]] = {"ours": Ours, "TRL": Theirs}
+BUILDERS: dict[Side, Callable[[Materials, Kind, Sequence[Sample]], Ours | Theirs]] = {
+    "ours": Ours,
+    "each": prompts_with_each,
+    "TRL": Theirs,
+}
 
 
 # --- Memory ---

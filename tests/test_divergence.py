@@ -96,7 +96,7 @@ def test_numbers_that_are_not_finite_before_theta_has_moved_are_not_put_down_to_
     random_llama: Path, tmp_path: Path
 ) -> None:
     config = small_config(random_llama, {"kind": "sft", "batch": 4})
-    bad = PartialGradient(np.full(gather(config).space.dim, np.nan, dtype=np.float32), 1.0, {})
+    bad = PartialGradient(np.full(gather(config).space.dim, np.nan, dtype=np.float32), 1.0, {}, 1)
     with patch.object(GradientModel, "gradient", lambda *_: bad), pytest.raises(ValueError, match="another") as caught:
         train_here(config, tmp_path / "run")
     assert not isinstance(caught.value, Diverged)

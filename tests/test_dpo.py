@@ -56,8 +56,11 @@ def test_given_pairs_widen_the_margin(random_llama: Path, tmp_path: Path) -> Non
     assert {report.record["pairs"] for report in reports} == {6}
     assert reports[0].costs.generated == reports[0].record["rollouts"] == 0
     assert reports[0].record["reward_mean"] is None
-    # Passes by policy and base model; three pairs of two short texts are no more than a micro-batch holds.
-    assert reports[0].costs.processed == 2 * sum(sample.tokens for sample in gradient_samples(pool)[:12])
+    # Passes by policy and base model, which read a pair's prompt once.
+    read = gradient_samples(pool)[:12]
+    prompts = [sample.prompt_ids for sample in read]
+    assert prompts[::2] == prompts[1::2]
+    assert reports[0].costs.processed == 2 * sum(sample.tokens for sample in read) - 2 * sum(map(len, prompts[::2]))
     assert len(pool.calls) > len(reports)
 
 
@@ -74,7 +77,8 @@ def test_the_loss_is_that_of_the_log_probabilities_of_adapter_and_base_model(
     samples = gradient_samples(pool)
     assert len({call.name for call in pool.calls}) > 1
     own, base = (
-        torch.tensor([row.sum() for row in pool.workers[0].logprobs(samples, at, version=0)[0]]) for at in (theta, None)
+        torch.tensor([row.sum() for row in pool.workers[0].logprobs(samples, at, version=0).rows])
+        for at in (theta, None)
     )
     expected = dpo_loss(own[::2], own[1::2], base[::2], base[1::2], beta=0.3, normaliser=6)
     assert abs(expected.sums["margin"]) > 0.05

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +39,7 @@ from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel, Loss, PartialGradient, collate
 from workers.models import fingerprint, linear_matrices
 from workers.pool import Pool
-from workers.samples import Sample, micro_batches
+from workers.samples import LogProbs, Sample, micro_batches
 
 LENGTHS = ((5, 9), (1, 4), (17, 2), (8, 8), (3, 20), (12, 1))
 TOKENS = sum(length for _, length in LENGTHS)
@@ -60,6 +62,16 @@ def samples() -> list[Sample]:
         values = {"advantage": float(rng.standard_normal()), "weight": weight}
         found.append(Sample(ids[:prompt], ids[prompt:], values))
     return found
+
+
+def groups() -> list[Sample]:
+    """Prompts of several lengths, one of them a single token, three completions of each, which are of several too."""
+    rng = np.random.default_rng(6)
+    prompts, completions = random_prompts(17, 1, 6), random_prompts(2, 4, 6, 3, 5, 7, 1, 9, 2)
+    return [
+        Sample(prompts[place // 3], ids, {"advantage": float(rng.standard_normal())})
+        for place, ids in enumerate(completions)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +151,32 @@ def test_the_gradient_is_that_of_central_differences(
 
 @pytest.mark.parametrize(("which", "train"), [("random_llama", "B"), ("random_qwen", "A"), ("random_llama", "AB")])
 @pytest.mark.parametrize("units", ["weight", "raw"])
+@pytest.mark.parametrize("drawn", [samples, groups])
 def test_the_gradient_is_that_of_plain_peft(
-    which: str, train: Train, units: Units, request: pytest.FixtureRequest, tmp_path: Path
+    which: str,
+    train: Train,
+    units: Units,
+    drawn: Callable[[], list[Sample]],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     folder: Path = request.getfixturevalue(which)
     space = build_space(folder, train, units)
     theta = center(space) if units == "weight" else random_center(space, 0.01)
+    compare_with_plain_peft(folder, space, theta, drawn(), tmp_path)
+
+
+def compare_with_plain_peft(
+    folder: Path, space: LoraSpace, theta: Vector, drawn: Sequence[Sample], adapter: Path
+) -> None:
+    """A gradient of ours, in float64, and that of one sample at a time."""
     model = GradientModel(folder, space, "float64")
     model.set_theta(theta)
-    found = model.gradient(MeanNll(TOKENS), samples())
+    tokens = sum(len(sample.completion_ids) for sample in drawn)
+    found = model.gradient(MeanNll(tokens), drawn)
 
-    reference = plain_peft(folder, space, theta, tmp_path, torch.float64)
-    loss = -sum(chosen(plain_logprobs(reference, sample), sample).sum() for sample in samples()) / TOKENS
+    reference = plain_peft(folder, space, theta, adapter, torch.float64)
+    loss = -sum(chosen(plain_logprobs(reference, sample), sample).sum() for sample in drawn) / tokens
     loss.backward()
     for place in space.placements:
         layer = reference.get_submodule(f"base_model.model.{place.matrix.name}")
@@ -159,7 +185,7 @@ def test_the_gradient_is_that_of_plain_peft(
         mine = found.gradient[place.start : place.stop]
         np.testing.assert_allclose(mine, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     assert found.loss == pytest.approx(loss.item(), rel=1e-6)
-    assert found.metrics == {"tokens": TOKENS, "samples": len(LENGTHS)}
+    assert found.metrics == {"tokens": tokens, "samples": len(drawn)}
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -187,15 +213,57 @@ def test_only_thetas_factors_are_trained_also_after_the_adapter_was_off(model: G
     assert all(name.endswith("lora_B.default.weight") for name in trained)
 
 
+# Prompts that are read once
+
+
+def tokens_through(model: GradientModel, drawn: Sequence[Sample]) -> list[tuple[int, ...]]:
+    """The shapes of what the first MLP reads while a gradient is taken."""
+    read: list[tuple[int, ...]] = []
+    mlp = next(layer for name, layer in model._model.named_modules() if name.endswith("layers.0.mlp"))
+    with mlp.register_forward_hook(lambda _, inputs, __: read.append(tuple(inputs[0].shape[:2]))):
+        model.gradient(MeanNll(1), drawn)
+    return read
+
+
+def test_a_groups_prompt_is_read_once(model: GradientModel) -> None:
+    """All but its last token, which each completion comes after."""
+    assert tokens_through(model, groups()) == [(3, 16), (9, 10)]
+    assert model.tokens_read(groups()) == 17 + 1 + 6 + 39
+    assert model.gradient(MeanNll(1), groups()).tokens == model.tokens_read(groups())
+
+
+def test_where_no_prompt_comes_again_all_is_read_at_once(model: GradientModel) -> None:
+    assert tokens_through(model, samples()) == [(6, 23)]
+    assert model.tokens_read(samples()) == sum(map(sum, LENGTHS))
+    one_token = [replace(sample, prompt_ids=(5,)) for sample in samples()]
+    assert tokens_through(model, one_token) == [(6, 21)]
+
+
+def test_a_model_that_attends_within_windows_reads_prompts_with_each_completion(
+    random_qwen: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "windows"
+    shutil.copytree(random_qwen, folder)
+    config = json.loads((folder / "config.json").read_text())
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config | windows))
+    space = build_space(folder)
+    model = GradientModel(folder, space, "float32")
+    assert tokens_through(model, groups()) == [(9, 23)]
+    assert model.tokens_read(groups()) == sum(sample.tokens for sample in groups())
+    compare_with_plain_peft(folder, space, center(space), groups(), tmp_path / "adapter")
+
+
 # Log-probabilities
 
 
+@pytest.mark.parametrize("drawn", [samples(), groups()], ids=["samples", "groups"])
 def test_logprobs_are_those_of_plain_peft(
-    model: GradientModel, random_llama: Path, space: LoraSpace, tmp_path: Path
+    drawn: list[Sample], model: GradientModel, random_llama: Path, space: LoraSpace, tmp_path: Path
 ) -> None:
     reference = plain_peft(random_llama, space, center(space), tmp_path)
     for temperature in (1.0, 0.6):
-        for row, sample in zip(model.logprobs(samples(), temperature), samples(), strict=True):
+        for row, sample in zip(model.logprobs(drawn, temperature), drawn, strict=True):
             scores = (plain_logprobs(reference, sample) / temperature).log_softmax(-1)
             np.testing.assert_allclose(row, chosen(scores, sample).detach(), atol=1e-5)
 
@@ -251,12 +319,27 @@ def test_a_batch_is_padded_on_the_right() -> None:
     assert batch.spread(torch.ones(3, 5)).sum((1, 2)).tolist() == [10, 5]
 
 
-def test_logits_are_made_of_completion_tokens_alone(model: GradientModel) -> None:
-    made: list[torch.Size] = []
+def test_contexts_are_prompts_without_their_last_tokens() -> None:
+    batch = collate([Sample((7, 8, 9), (1, 2)), Sample((5,), (6,)), Sample((7, 8, 9), (3,))], prompts_once=True)
+    assert batch.contexts is not None
+    assert batch.contexts.token_ids.tolist() == [[7, 8], [0, 0]]
+    assert batch.contexts.lengths.tolist() == [2, 0]
+    assert batch.contexts.of.tolist() == [0, 1, 0]
+    assert batch.token_ids.tolist() == [[9, 1, 2], [5, 6, 0], [9, 3, 0]]
+    assert batch.predicts.tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    assert batch.completion_ids.tolist() == [[1, 2], [6, 0], [3, 0]]
+    least = batch.clamped(6)
+    assert least.contexts is not None
+    assert (least.contexts.token_ids.tolist(), least.token_ids[0].tolist()) == ([[6, 6], [0, 0]], [6, 1, 2])
+
+
+@pytest.mark.parametrize(("drawn", "made"), [(samples(), [TOKENS]), (groups(), [0, 39])], ids=["samples", "groups"])
+def test_logits_are_made_of_completion_tokens_alone(drawn: list[Sample], made: list[int], model: GradientModel) -> None:
+    shapes: list[torch.Size] = []
     layer = model._model.get_output_embeddings()
-    with layer.register_forward_hook(lambda _, inputs, logits: made.append(logits.shape)):
-        model.gradient(MeanNll(TOKENS), samples())
-    assert made == [(1, TOKENS, 64)]
+    with layer.register_forward_hook(lambda _, inputs, logits: shapes.append(logits.shape)):
+        model.gradient(MeanNll(TOKENS), drawn)
+    assert shapes == [(1, tokens, 64) for tokens in made]
 
 
 @given(
@@ -275,7 +358,14 @@ def test_micro_batches_hold_every_sample_once_within_their_size(
         assert len(batch) == together or max(tokens) * len(batch) <= max_tokens
         runs = [batch[first : first + together] for first in range(0, len(batch), together)]
         assert all(run == list(range(run[0], run[0] + together)) and run[0] % together == 0 for run in runs)
-    assert [max(tokens) for tokens in sizes] == sorted((max(tokens) for tokens in sizes), reverse=True)
+
+
+def test_micro_batches_are_of_samples_of_similar_length_or_of_the_same_prompt_whichever_is_less_to_read() -> None:
+    """Prompts of 20 tokens with completions of 1 and 2, then the other way round."""
+    few = [Sample((prompt,) * 20, (1,) * length) for prompt in (1, 2) for length in (1, 2)]
+    assert micro_batches(few, 44) == [[1, 0], [3, 2]]
+    many = [Sample((prompt,) * 2, (1,) * length) for prompt in (1, 2) for length in (1, 20)]
+    assert micro_batches(many, 44) == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize(("count", "tokens", "batches"), [(2, 512, 1), (32, 512, 4), (80, 570, 8), (1_000, 4096, 15)])
@@ -326,7 +416,8 @@ class ModelRunner:
     def _carry_out(self, call: Call) -> Any:
         if call.method == "logprobs":
             found, theta, _, temperature = call.arguments
-            return self.model.logprobs(found, temperature, of="base" if theta is None else "theta"), 0.5
+            rows = self.model.logprobs(found, temperature, of="base" if theta is None else "theta")
+            return LogProbs(rows, self.model.tokens_read(found), 0.5)
         loss, found, _, _ = call.arguments
         return self.model.gradient(loss, found)
 
@@ -441,7 +532,7 @@ class Asked:
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         self.calls += calls
-        return [([np.zeros(len(each.completion_ids)) for each in call.arguments[0]], 0.5) for call in calls]
+        return [LogProbs([np.zeros(len(each.completion_ids)) for each in call.arguments[0]], 1, 0.5) for call in calls]
 
 
 def test_only_a_teacher_may_lack_a_token_and_nobody_may_say_what_is_no_number() -> None:
@@ -453,7 +544,7 @@ def test_only_a_teacher_may_lack_a_token_and_nobody_may_say_what_is_no_number() 
         for value in (-1.0, -np.inf, np.nan):
             row = np.full(len(samples()[0].completion_ids), -1.0)
             row[-1] = value
-            faults.append(call.fault(([row], 0.5)))
+            faults.append(call.fault(LogProbs([row], 1, 0.5)))
     mine, teachers = "a log-probability is not finite", "a log-probability of the teacher is not finite"
     assert faults == [None, mine, mine, None, None, teachers]
     assert all(isinstance(fault, NotFinite) for fault in faults if fault is not None)
@@ -471,7 +562,7 @@ class Recorder:
     def __getattr__(self, method: str) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             self.log.append(f"{self.name}.{method}")
-            return PartialGradient(np.zeros(1, np.float32), 0.0, {})
+            return PartialGradient(np.zeros(1, np.float32), 0.0, {}, 0)
 
         return call
 
@@ -504,7 +595,7 @@ def test_engine_and_gradients_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     loaded = ["engine.rest", *taken]
     assert asked("gradient", None, [], theta, 4) == [*loaded, "model.set_theta", "model.gradient"]
     assert asked("gradient", None, [], theta, 4) == [*taken, "model.gradient"]
-    assert asked("logprobs", [], None, 5) == [*taken, "model.logprobs"]
+    assert asked("logprobs", [], None, 5) == [*taken, "model.logprobs", "model.tokens_read"]
     assert asked("gradient", None, [], theta, 5) == [*taken, "model.set_theta", "model.gradient"]
     assert evaluated() == ["model.rest", "engine.wake", "engine.write_slots"]
     assert asked("release_gradients") == ["model.rest", "engine.wake"]
@@ -545,7 +636,7 @@ def test_loading_the_model_costs_a_run_no_seconds(monkeypatch: pytest.MonkeyPatc
     theta = np.zeros(1, np.float32)
     assert worker.gradient(None, [], theta, 0).seconds == 0
     worker.release_gradients()
-    assert worker.logprobs([], theta, 0)[1] == 0
+    assert worker.logprobs([], theta, 0).seconds == 0
     worker.release_gradients()
-    assert worker.teacher_logprobs([])[1] == 0
+    assert worker.teacher_logprobs([]).seconds == 0
     assert now == 3 * 60

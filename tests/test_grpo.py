@@ -182,10 +182,10 @@ def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
     assert all(0.5 < line["learning"]["ratio"] < 2 for line in lines)
     for line in lines:
         tokens = line["tokens"]
-        read = line["prompt_tokens"] * 6 + tokens
+        once = line["prompt_tokens"] + tokens  # a prompt again where its completions are in two micro-batches
         assert line["costs"]["generated"] == tokens
         # Once to be drawn; once for the old log-probabilities; twice by the policy and twice by the base model.
-        assert line["costs"]["processed"] == line["prompt_tokens"] + tokens + 5 * read
+        assert 5 * once <= line["costs"]["processed"] - once < 6 * once
 
 
 def test_workers_seconds_are_told_by_the_work_they_went_into(undisturbed: Path) -> None:

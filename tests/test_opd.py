@@ -49,6 +49,12 @@ def samples() -> list[Sample]:
     return [Sample(row[:prompt], row[prompt:]) for row, (prompt, _) in zip(ids, LENGTHS, strict=True)]
 
 
+def groups() -> list[Sample]:
+    """Two prompts, each with two completions."""
+    ids = random_prompts(9, 6, 4, 5, 7, 2)
+    return [Sample(ids[place // 2], ids[2 + place]) for place in range(4)]
+
+
 @pytest.fixture(scope="module")
 def space(random_llama: Path) -> LoraSpace:
     return build_space(random_llama)
@@ -89,28 +95,35 @@ def student(folder: Path, space: LoraSpace, teacher: Teacher, theta: Vector, dty
 
 
 @pytest.mark.parametrize("which", ["base", "adapter", "other", "other with adapter"])
+@pytest.mark.parametrize("drawn", [samples(), groups()], ids=["samples", "groups"])
 def test_the_exact_form_is_that_of_two_plain_models(
-    which: str, teachers: dict[str, Teacher], random_llama: Path, space: LoraSpace, tmp_path: Path
+    which: str,
+    drawn: list[Sample],
+    teachers: dict[str, Teacher],
+    random_llama: Path,
+    space: LoraSpace,
+    tmp_path: Path,
 ) -> None:
     teacher = teachers[which]
     model = student(random_llama, space, teacher, center(space), "float64")
-    found = model.gradient(ExactLoss(TOKENS, temperature=0.7), samples())
-    told = model.logprobs(samples(), 0.7, "teacher")
+    tokens = sum(len(sample.completion_ids) for sample in drawn)
+    found = model.gradient(ExactLoss(tokens, temperature=0.7), drawn)
+    told = model.logprobs(drawn, 0.7, "teacher")
 
     mine = plain_peft(random_llama, space, center(space), tmp_path, torch.float64)
     theirs = AutoModelForCausalLM.from_pretrained(teacher.model or random_llama, dtype=torch.float64)
     if teacher.adapter is not None:
         theirs = peft.PeftModel.from_pretrained(theirs, teacher.adapter)
     loss = torch.zeros((), dtype=torch.float64)
-    for row, sample in zip(told, samples(), strict=True):
+    for row, sample in zip(told, drawn, strict=True):
         p = (plain_logprobs(mine, sample) / 0.7).log_softmax(-1)
         q = (plain_logprobs(theirs, sample) / 0.7).log_softmax(-1).detach()
-        loss = loss + (p.exp() * (p - q)).sum() / TOKENS
+        loss = loss + (p.exp() * (p - q)).sum() / tokens
         np.testing.assert_allclose(row, q.gather(-1, torch.tensor(sample.completion_ids)[:, None])[:, 0], atol=1e-5)
     loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss == pytest.approx(loss.item(), rel=1e-6)
-    assert found.metrics["reverse_kl"] == pytest.approx(TOKENS * loss.item(), rel=1e-6)
-    assert found.metrics["tokens"] == TOKENS
+    assert found.metrics["reverse_kl"] == pytest.approx(tokens * loss.item(), rel=1e-6)
+    assert found.metrics["tokens"] == tokens
     for place in space.placements:
         slope = mine.get_submodule(f"base_model.model.{place.matrix.name}").lora_B["default"].weight.grad.numpy()
         expected = place.scale * slope.ravel()
@@ -173,6 +186,8 @@ def test_outputs_of_other_sizes_are_compared_where_both_have_them(
     assert found.loss == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-6)
 
     (told,) = model.logprobs([sample], of="teacher")
+    for beside in model.logprobs([Sample((60, 61, 62), (8,)), sample, sample], of="teacher")[1:]:
+        np.testing.assert_allclose(beside, told, atol=1e-5)
     assert np.isfinite(told).tolist() == [True, outputs > 60, True]
     judged = model.gradient(SampledLoss(3.0), [sample.with_value("teacher", told)])
     assert np.isfinite(judged.gradient).all()
@@ -282,7 +297,8 @@ def completions(
 @pytest.mark.parametrize("form", FORMS)
 def test_the_divergence_from_the_teacher_falls(form: str, random_llama: Path, adapter: Path, tmp_path: Path) -> None:
     """Measured exactly, on completions of held-out prompts; and every pass of a model is counted."""
-    path = opd_config(tmp_path, random_llama, {"adapter": str(adapter)}, form=form, samples=16)
+    method = {"form": form, "samples": 16, "micro_batch_tokens": 1 << 20}
+    path = opd_config(tmp_path, random_llama, {"adapter": str(adapter)}, **method)
     materials = gather(load_config(path))
     pool, state = InProcess(materials), past.beginning(materials)
     before = divergence(pool, materials, state.theta, version=100)
@@ -297,12 +313,10 @@ def test_the_divergence_from_the_teacher_falls(form: str, random_llama: Path, ad
 
     assert materials.teacher is not None
     prompts, answers = report.record["prompt_tokens"], report.record["tokens"]
-    learned = 16 * prompts + answers  # the engine reads a prompt once for all of its completions
+    read = prompts + answers  # by the engine and in a micro-batch: a prompt once for all of its completions
     adapted = multiplying_parameters(random_llama) + materials.space.adapter_parameters
-    assert report.costs.processed == prompts + answers + 2 * learned
-    assert report.costs.flops == 2 * adapted * (prompts + answers) + learned * (
-        6 * adapted + 2 * materials.teacher.parameters
-    )
+    assert report.costs.processed == 3 * read
+    assert report.costs.flops == read * (8 * adapted + 2 * materials.teacher.parameters)
 
 
 def divergence(pool: InProcess, materials: Materials, theta: Vector, version: int) -> float:

@@ -47,7 +47,7 @@ def demonstrations(model: Path, count: int, split: Any = "heldout") -> list[Samp
 
 
 def mean_logprob(pool: LocalPool, samples: list[Sample], theta: Vector | None) -> float:
-    rows, _ = pool.workers[0].logprobs(samples, theta, version=1000)
+    rows = pool.workers[0].logprobs(samples, theta, version=1000).rows
     return float(np.concatenate(rows).mean())
 
 

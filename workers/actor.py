@@ -37,12 +37,12 @@ from workers.chunks import (
 )
 from workers.engine import Completion, Filling, PopulationEngine, Request, Vector
 from workers.prompts import Preparer, load_preparer
+from workers.samples import LogProbs, Sample
 from workers.scoring import open_scorer
 
 if TYPE_CHECKING:
     from workers.canary import CanaryReport
     from workers.gradient import GradientModel, Loss, PartialGradient, Speaker
-    from workers.samples import Sample
     from workers.teacher import Teacher
 
 GIB = 1 << 30
@@ -172,21 +172,13 @@ class Worker:
 
     def logprobs(
         self, samples: Sequence[Sample], theta: Vector | None, version: int, temperature: float = 1.0
-    ) -> tuple[list[Vector], float]:
-        """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model. And the
-        seconds that it took."""
-        self._load_gradients()
-        started = time.perf_counter()
-        of: Speaker = "base" if theta is None else "theta"
-        rows = self._gradients_at(theta, version).logprobs(samples, temperature, of)
-        return rows, time.perf_counter() - started
+    ) -> LogProbs:
+        """Log-probabilities of samples' completion tokens at theta; where theta is None, by the base model."""
+        return self._logprobs(samples, theta, version, temperature, "base" if theta is None else "theta")
 
-    def teacher_logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> tuple[list[Vector], float]:
-        """Log-probabilities of samples' completion tokens by the teacher, and the seconds that it took."""
-        self._load_gradients()
-        started = time.perf_counter()
-        rows = self._gradients_at(None, -1).logprobs(samples, temperature, "teacher")
-        return rows, time.perf_counter() - started
+    def teacher_logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> LogProbs:
+        """Log-probabilities of samples' completion tokens by the teacher."""
+        return self._logprobs(samples, None, -1, temperature, "teacher")
 
     def release_gradients(self) -> None:
         """Drop the model that gradients are taken with; the next gradient builds it again."""
@@ -229,6 +221,15 @@ class Worker:
             model.set_theta(theta)
             self._gradients_version = version
         return model
+
+    def _logprobs(
+        self, samples: Sequence[Sample], theta: Vector | None, version: int, temperature: float, of: Speaker
+    ) -> LogProbs:
+        self._load_gradients()
+        started = time.perf_counter()
+        model = self._gradients_at(theta, version)
+        rows = model.logprobs(samples, temperature, of)
+        return LogProbs(rows, model.tokens_read(samples), time.perf_counter() - started)
 
     def _roll_out(self, chunk: Chunk, batch: Sequence[Problem]) -> Outcomes:
         if batch[0].reference is not None:

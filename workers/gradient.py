@@ -3,8 +3,12 @@
 A loss is a sum over samples, its normalisers plain numbers, so that the gradients of micro-batches add up to that of
 the whole. With factor = scale * coordinates, d loss / d coordinates = scale * d loss / d factor.
 
-Shapes: S samples of a micro-batch, L tokens of the longest, T completion tokens of the longest completion, n completion
-tokens of all samples together, V = vocabulary, D = len(theta).
+Samples of the same prompt, such as GRPO's groups, have it read once, gradients included: the keys and values that
+attention has of it go to each of its completions.
+
+Shapes: S samples of a micro-batch, P different prompts, C tokens of the longest but for the last, L tokens of what is
+read of the longest sample, T completion tokens of the longest completion, n completion tokens of all samples together,
+V = vocabulary, D = len(theta).
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from es_engine.spaces.lora import LoraSpace
 from workers.engine import Vector
 from workers.peft_model import adapted_layer, add_adapter, factor_weight, load_frozen_model, load_peft_model, put_on
-from workers.samples import Sample
+from workers.samples import Sample, reads_prompts_once
 from workers.teacher import Teacher
 
 Speaker = Literal["theta", "base", "teacher"]
@@ -33,11 +38,26 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
+class Contexts:
+    """The different prompts of a micro-batch, all but their last tokens: `token_ids` (P, C), padded on the right with
+    zeros, and how many of them are there, `lengths` (P,). `of` (S,) says whose context each is by its place."""
+
+    token_ids: torch.Tensor
+    lengths: torch.Tensor
+    of: torch.Tensor
+
+    def to(self, device: torch.device) -> Contexts:
+        """The same on a device."""
+        return Contexts(self.token_ids.to(device), self.lengths.to(device), self.of.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """A micro-batch as tensors, padded on the right with zeros.
 
     `token_ids` and `predicts` are (S, L), `completion_ids` and `mask` (S, T); `mask` is true at a completion's tokens,
-    `predicts` where the model's output predicts one of them. `values` are the samples', (S,) or (S, T), by name.
+    `predicts` where the model's output predicts one of them. `values` are the samples', (S,) or (S, T), by name. What
+    comes before `token_ids` are the `contexts`, where there are any.
     """
 
     token_ids: torch.Tensor
@@ -45,6 +65,7 @@ class Batch:
     completion_ids: torch.Tensor
     mask: torch.Tensor
     values: Mapping[str, torch.Tensor]
+    contexts: Contexts | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -54,7 +75,15 @@ class Batch:
             self.completion_ids.to(device),
             self.mask.to(device),
             {name: value.to(device) for name, value in self.values.items()},
+            None if self.contexts is None else self.contexts.to(device),
         )
+
+    def clamped(self, most: int) -> Batch:
+        """The same batch to be read, with `most` in place of tokens beyond it."""
+        contexts = self.contexts
+        if contexts is not None:
+            contexts = replace(contexts, token_ids=contexts.token_ids.clamp(max=most))
+        return replace(self, token_ids=self.token_ids.clamp(max=most), contexts=contexts)
 
     def spread(self, flat: torch.Tensor) -> torch.Tensor:
         """What holds for the n completion tokens, (n,) or (n, V), as (S, T) or (S, T, V), zero at padding."""
@@ -63,22 +92,36 @@ class Batch:
         return spread
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """The tensors of samples. Raises ValueError where one has other values than the first."""
+def collate(samples: Sequence[Sample], *, prompts_once: bool = False) -> Batch:
+    """The tensors of samples, to be read whole or with the different prompts as contexts. Raises ValueError where one
+    has other values than the first."""
     kinds = [{name: np.ndim(value) for name, value in sample.values.items()} for sample in samples]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
             f"sample: the samples of a batch need the same values, and the first has {', '.join(kinds[0]) or 'none'}"
         )
-    first = torch.tensor([len(sample.prompt_ids) for sample in samples])[:, None]
-    end = torch.tensor([sample.tokens for sample in samples])[:, None]
-    place = torch.arange(int(end.max()))
+    skipped = [len(sample.prompt_ids) - 1 if prompts_once else 0 for sample in samples]  # the contexts have it
+    read = [(sample.prompt_ids + sample.completion_ids)[skip:] for sample, skip in zip(samples, skipped, strict=True)]
+    end = torch.tensor([len(row) for row in read])[:, None]
+    length = torch.tensor([len(sample.completion_ids) for sample in samples])[:, None]
+    place = torch.arange(int(end.max())) + 1  # of what is predicted
     return Batch(
-        token_ids=_padded([sample.prompt_ids + sample.completion_ids for sample in samples]),
-        predicts=(first <= place + 1) & (place + 1 < end),
+        token_ids=_padded(read),
+        predicts=(end - length <= place) & (place < end),
         completion_ids=_padded([sample.completion_ids for sample in samples]),
-        mask=torch.arange(int((end - first).max())) < end - first,
+        mask=torch.arange(int(length.max())) < length,
         values={name: _stacked([sample.values[name] for sample in samples]) for name in kinds[0]},
+        contexts=_contexts(samples) if prompts_once else None,
+    )
+
+
+def _contexts(samples: Sequence[Sample]) -> Contexts:
+    prompts: dict[tuple[int, ...], int] = {}
+    of = [prompts.setdefault(sample.prompt_ids, len(prompts)) for sample in samples]
+    return Contexts(
+        token_ids=_padded([prompt[:-1] for prompt in prompts]),
+        lengths=torch.tensor([len(prompt) - 1 for prompt in prompts]),
+        of=torch.tensor(of),
     )
 
 
@@ -141,12 +184,13 @@ class Loss(Protocol):
 
 @dataclass(slots=True)
 class PartialGradient:
-    """What a micro-batch adds to the gradient, shape (D,), to the loss and to what is reported; and the seconds that a
-    worker spent on it."""
+    """What a micro-batch adds to the gradient, shape (D,), to the loss and to what is reported; the tokens that the
+    model read of it, and the seconds that a worker spent on it."""
 
     gradient: Vector
     loss: float
     metrics: dict[str, float]
+    tokens: int
     seconds: float = 0.0
 
 
@@ -168,6 +212,8 @@ class GradientModel:
             self._other = load_frozen_model(teacher.model, teacher.adapter, dtype, device)
         elif teacher is not None and teacher.adapter is not None:
             add_adapter(self._model, teacher.adapter, TEACHER)
+        self._models = [each for each in (self._model, self._other) if each is not None]
+        self._shares = all(_attends_to_all(each) for each in self._models)
         self._layers = [adapted_layer(self._model, matrix.name) for matrix in space.matrices]
         self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
         self._freeze()
@@ -180,14 +226,13 @@ class GradientModel:
     @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0, of: Speaker = "theta") -> list[Vector]:
         """Log-probabilities of each sample's completion tokens."""
-        batch = collate(samples).to(self._device)
-        found = Outputs(self, batch, of).logprobs(temperature).float().cpu().numpy()
+        found = Outputs(self, self._batch(samples), of).logprobs(temperature).float().cpu().numpy()
         return [row[: len(sample.completion_ids)] for row, sample in zip(found, samples, strict=True)]
 
     def gradient(self, loss: Loss, samples: Sequence[Sample]) -> PartialGradient:
         """The gradient of a loss over samples; the same bits for the same theta and samples on the same kind of
         machine."""
-        batch = collate(samples).to(self._device)
+        batch = self._batch(samples)
         with _deterministic(self._device):
             value, metrics = loss(Outputs(self, batch), batch)
             slopes = torch.autograd.grad(value, self._factors)
@@ -196,15 +241,22 @@ class GradientModel:
             gradient=torch.cat(scaled).float().cpu().numpy(),
             loss=value.item(),
             metrics={name: float(number) for name, number in metrics.items()},
+            tokens=self.tokens_read(samples),
         )
+
+    def tokens_read(self, samples: Sequence[Sample]) -> int:
+        """How many tokens the model reads of samples in one micro-batch, padding left out."""
+        prompts = [sample.prompt_ids for sample in samples]
+        completions = sum(len(sample.completion_ids) for sample in samples)
+        return completions + sum(map(len, set(prompts) if self._reads_once(samples) else prompts))
 
     def logits(self, batch: Batch, of: Speaker) -> torch.Tensor:
         """The logits that predict the n completion tokens, (n, V), in float32 or wider."""
         if of == "teacher" and self._other is not None:
             # The same vocabulary may be padded to other sizes: what is beyond either's end is the text of no token.
             most = self._other.get_input_embeddings().num_embeddings - 1
-            readable = replace(batch, token_ids=batch.token_ids.clamp(max=most))
-            return _completion_logits(self._other, readable)[:, : self._model.get_output_embeddings().out_features]
+            found = _completion_logits(self._other, batch.clamped(most))
+            return found[:, : self._model.get_output_embeddings().out_features]
         with self._speaking(of):
             return _completion_logits(self._model, batch)
 
@@ -215,6 +267,12 @@ class GradientModel:
     def wake(self) -> None:
         """Take the memory back."""
         self._move(self._device)
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples, prompts_once=self._reads_once(samples)).to(self._device)
+
+    def _reads_once(self, samples: Sequence[Sample]) -> bool:
+        return self._shares and reads_prompts_once(samples)
 
     def _freeze(self) -> None:
         """Leave nothing to be trained but theta's factors."""
@@ -250,21 +308,46 @@ class GradientModel:
 
     def _move(self, device: torch.device) -> None:
         if self._device.type == "cuda" and self._factors[0].device.type != device.type:
-            for model in (self._model, self._other):
-                if model is not None:
-                    model.to(device)  # in place: the parameters stay the same objects
+            for model in self._models:
+                model.to(device)  # in place: the parameters stay the same objects
             torch.cuda.empty_cache()
 
 
+def _attends_to_all(model: Any) -> bool:
+    """Whether all layers attend to all tokens before, and so take contexts of any lengths side by side; windows, states
+    and chunks would count padding as tokens."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 def _completion_logits(model: Any, batch: Batch) -> torch.Tensor:
-    # The hidden states are thinned out on their way into the output layer: logits of prompts and padding would take
-    # most of the memory. Causal attention never looks at padding on the right, so no mask is needed.
-    thin_out = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: inputs[0][batch.predicts][None]
-    )
-    with thin_out:
-        logits = model(input_ids=batch.token_ids, use_cache=False).logits[0]
+    before = {} if batch.contexts is None else _after(model, batch.contexts, batch.token_ids.shape[1])
+    logits = _read(model, batch.token_ids, batch.predicts, **before)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _after(model: Any, contexts: Contexts, length: int) -> dict[str, Any]:
+    """What a model needs to know to read `length` tokens of each sample after its context, which is read here."""
+    cache, nothing = DynamicCache(config=model.config), torch.zeros_like(contexts.token_ids, dtype=torch.bool)
+    _read(model, contexts.token_ids, nothing, past_key_values=cache)
+    cache.batch_select_indices(contexts.of)
+    ends, width = contexts.lengths[contexts.of][:, None], contexts.token_ids.shape[1]
+    place = torch.arange(width + length, device=ends.device)
+    return {
+        "past_key_values": cache,
+        "attention_mask": ((place < ends) | (place >= width)).long(),
+        "position_ids": ends + place[:length],
+    }
+
+
+def _read(model: Any, token_ids: torch.Tensor, wanted: torch.Tensor, **before: Any) -> torch.Tensor:
+    """The logits (n, V) at the places that are wanted, of (S, L).
+
+    The hidden states are thinned out on their way into the output layer: logits of prompts and padding would take most
+    of the memory. Causal attention never looks at padding on the right, so that needs no mask.
+    """
+    thin_out = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0][wanted][None])
+    with thin_out:
+        return model(input_ids=token_ids, use_cache=bool(before), **before).logits[0]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from workers.calls import Call
 from workers.divergence import NotFinite
 from workers.engine import Vector
 from workers.gradient import Loss, PartialGradient
-from workers.samples import Sample, micro_batches
+from workers.samples import LogProbs, Sample, micro_batches
 
 IN_FLIGHT_BYTES = 1 << 30
 """Most bytes of gradients in the driver and in Ray's object store at once; yet one for each worker."""
@@ -34,16 +34,6 @@ class Gradient:
     gradient: Vector
     loss: float
     metrics: dict[str, float]
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LogProbs:
-    """Log-probabilities (T,) of each sample's completion tokens, in the order of the samples; the tokens that the model
-    read, and the seconds that workers spent."""
-
-    rows: list[Vector]
     tokens: int
     seconds: float
 
@@ -74,14 +64,16 @@ def gradient(
     ]
     total = np.zeros(dim)
     value = seconds = 0.0
+    tokens = 0
     metrics: defaultdict[str, float] = defaultdict(float)
     for part in _in_waves(pool, calls, max(pool.size, IN_FLIGHT_BYTES // (4 * dim))):
         total += part.gradient
         value += part.loss
+        tokens += part.tokens
         seconds += part.seconds
         for name, number in part.metrics.items():
             metrics[name] += number
-    return Gradient(total.astype(np.float32), value, dict(metrics), _tokens(samples), seconds)
+    return Gradient(total.astype(np.float32), value, dict(metrics), tokens, seconds)
 
 
 def logprobs(
@@ -117,12 +109,12 @@ def _logprobs(pool: CallRunner, method: str, samples: Sequence[Sample], max_toke
         )
         for number, places in enumerate(batches)
     ]
+    parts: list[LogProbs] = pool.run(calls)
     found: dict[int, Vector] = {}
-    seconds = 0.0
-    for places, (rows, spent) in zip(batches, pool.run(calls), strict=True):
-        found.update(zip(places, rows, strict=True))
-        seconds += spent
-    return LogProbs([found[place] for place in range(len(samples))], _tokens(samples), seconds)
+    for places, part in zip(batches, parts, strict=True):
+        found.update(zip(places, part.rows, strict=True))
+    rows = [found[place] for place in range(len(samples))]
+    return LogProbs(rows, sum(part.tokens for part in parts), sum(part.seconds for part in parts))
 
 
 def _fault_of_gradient(dim: int, reply: PartialGradient) -> str | None:
@@ -134,23 +126,19 @@ def _fault_of_gradient(dim: int, reply: PartialGradient) -> str | None:
     return None if wild is None else NotFinite(f"the {wild} is not finite")
 
 
-def _fault_of_rows(samples: Sequence[Sample], teacher: bool, reply: tuple[list[Vector], float]) -> str | None:
+def _fault_of_rows(samples: Sequence[Sample], teacher: bool, reply: LogProbs) -> str | None:
     """What is wrong with a worker's log-probabilities, if anything; that of a token that a teacher lacks is -inf."""
-    found, expected = [len(row) for row in reply[0]], [len(sample.completion_ids) for sample in samples]
+    found, expected = [len(row) for row in reply.rows], [len(sample.completion_ids) for sample in samples]
     if found != expected:
         return f"it has {sum(found)} tokens of {len(found)} samples, not {sum(expected)}"
     wild = np.isnan if teacher else _not_finite
-    if any(wild(row).any() for row in reply[0]):
+    if any(wild(row).any() for row in reply.rows):
         return NotFinite(f"a log-probability{' of the teacher' if teacher else ''} is not finite")
     return None
 
 
 def _not_finite(row: Vector) -> npt.NDArray[np.bool_]:
     return ~np.isfinite(row)
-
-
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(sample.tokens for sample in samples)
 
 
 def _in_waves(pool: CallRunner, calls: Sequence[Call], size: int) -> Iterator[Any]:
