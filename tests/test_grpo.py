@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_runs import resume_here, train_and_kill, train_here
+from inputs import random_center
+from small_runs import LocalPool, materials_of, resume_here, train_and_kill, train_here
 from test_runs import assert_same_run
 
 from es_engine.config import ConfigError, GrpoMethodConfig, parse_config
 from es_engine.ledger import Ledger
 from es_engine.methods import policy
+from es_engine.methods.gradients import Gradient
 from es_engine.methods.grpo import Grpo, GrpoLoss
 from es_engine.methods.policy import Rollouts
 from es_engine.methods.updates import Updates
@@ -22,7 +26,8 @@ from es_engine.report import RunGroup, read_run
 from es_engine.report.plots import Bars, plots
 from rewards.base import Example
 from workers.chunks import Problem
-from workers.engine import Completion, Sampling
+from workers.engine import Completion, Sampling, Vector
+from workers.samples import Sample
 
 VERIFIER = """
 def digits(rollout):
@@ -120,6 +125,77 @@ def test_minibatches_are_whole_groups_and_together_all() -> None:
     halves = [policy._minibatch(samples, method.config, number) for number in range(2)]
     assert [len(half) for half in halves] == [3, 3]
     assert [sample for half in halves for sample in half] == samples
+
+
+MIXED = [[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [float("nan"), 0.0, 3.0]]
+
+
+def three_prompts(rewards: list[list[float]]) -> Rollouts:
+    """Those of `rollouts` and one more prompt's, all different."""
+    found = rollouts(rewards)
+    problems = [replace(found.problems[0], prompt_ids=(5, first)) for first in (6, 7, 8)]
+    completions = [
+        replace(completion, token_ids=tuple(range(9 + number, 9 + number + length)), logprobs=(-1.0,) * length)
+        for number, completion in enumerate((found.completions * 2)[:9])
+        for length in [len(completion.token_ids)]
+    ]
+    return replace(found, problems=problems, completions=completions)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_what_has_no_advantage_is_read_only_to_be_held_to_the_base_model(
+    loss: str, beta: float, random_llama: Path
+) -> None:
+    """The gradient is that of all, completions that are cut short left out."""
+    fields = {"prompts": 3, "samples": 3, "loss": loss, "beta": beta, "mask_truncated": True, "max_norm": None}
+    found = materials_of(random_llama, {"kind": "grpo", **fields}, engine={"chunk": 2})
+    method, pool, theta = found.method, LocalPool(found), random_center(found.space, 0.02)
+    assert isinstance(method, Grpo)
+    samples = method._samples(three_prompts(MIXED))
+
+    def direction(teaches: Callable[[Sample], bool]) -> tuple[Vector, Gradient]:
+        steps = policy.learn(pool, theta, 0, samples, method._loss, method.config, method._updates, teaches)
+        ascent = next(steps)
+        with pytest.raises(StopIteration) as end:
+            steps.send(theta)
+        return ascent, end.value.value[0]
+
+    (expected, whole), (mine, part) = direction(lambda sample: bool(sample.values["learn"])), direction(method._teaches)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(mine, expected, atol=1e-5 * np.abs(expected).max())
+    assert part.loss == pytest.approx(whole.loss, abs=1e-6)
+    learned = part.metrics["tokens"]
+    # Of 6 completions of 1 and 2 tokens that are not cut short, a group of two and one without a score have no part.
+    assert (whole.metrics["tokens"], learned) == (9, 5 if beta == 0 else 9)
+
+
+def test_old_logprobs_are_of_what_teaches_something(random_llama: Path) -> None:
+    found = materials_of(random_llama, {"kind": "grpo", "prompts": 3, "samples": 3, "epochs": 2}, engine={"chunk": 2})
+    method, pool, theta = found.method, LocalPool(found), random_center(found.space, 0.02)
+    assert isinstance(method, Grpo)
+    samples = method._samples(three_prompts(MIXED))
+    judged, costs = method._with_old(pool, samples, theta, 0)
+    assert ["old" in sample.values for sample in judged] == [True] * 3 + [False] * 4 + [True] * 2
+    assert [sample.completion_ids for sample in judged] == [sample.completion_ids for sample in samples]
+    for sample in (judged[0], judged[8]):
+        (row,) = pool.workers[0].logprobs([sample], theta, 0).rows
+        np.testing.assert_allclose(sample.values["old"], row, atol=1e-5)
+    assert costs.processed == sum(sample.tokens for sample in judged if "old" in sample.values)
+
+
+def test_where_all_rewards_are_equal_no_gradient_is_taken(random_llama: Path) -> None:
+    found = materials_of(random_llama, {"kind": "grpo", "prompts": 3, "samples": 3}, engine={"chunk": 2})
+    method, pool, theta = found.method, LocalPool(found), found.space.start()
+    assert isinstance(method, Grpo)
+    samples = method._samples(three_prompts([[1.0] * 3] * 3))
+    steps = policy.learn(pool, theta, 0, samples, method._loss, method.config, method._updates, method._teaches)
+    assert not next(steps).any()
+    with pytest.raises(StopIteration) as end:
+        steps.send(theta)
+    assert pool.calls == []
+    assert method._updates.costs(end.value.value).processed == 0
+    assert method._updates.figures(end.value.value) == {"loss": 0, "norm": 0}
 
 
 class Said:

@@ -3,7 +3,8 @@
 A step draws a group of completions of each prompt at the center, and goes over them `epochs` times in `minibatches`.
 Where that is one update only, the probability ratio is 1 in value, and the old log-probabilities are the new ones;
 otherwise the trainer computes them before the first update. The engine's own log-probabilities, whose numerics are not
-the trainer's, only weigh tokens (truncated importance sampling).
+the trainer's, only weigh tokens (truncated importance sampling). What has no advantage has no gradient, and the trainer
+does not read it, unless it is held to the base model.
 
 Shapes: P prompts, n completions of each, T tokens of a completion, D = len(theta).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -29,8 +31,8 @@ from workers.samples import Sample
 
 @dataclass(frozen=True, slots=True)
 class GrpoLoss:
-    """`losses.policy_loss` of samples that have an `advantage`, are to be learned from or not (`learn`), and may have
-    `old` and, of the engine, `sampled` log-probabilities."""
+    """`losses.policy_loss` of samples that have an `advantage`, and may have `old` and, of the engine, `sampled`
+    log-probabilities."""
 
     variant: losses.Variant
     clip: tuple[float, float]
@@ -40,17 +42,16 @@ class GrpoLoss:
     importance_cap: float | None
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]:
-        mask = batch.mask & (batch.values["learn"] > 0)[:, None]
         new = outputs.logprobs(self.temperature)
         old = batch.values.get("old", new.detach())
         weights = None
         if self.importance_cap is not None:
-            weights = losses.truncated_importance(old, batch.values["sampled"], mask, self.importance_cap)
+            weights = losses.truncated_importance(old, batch.values["sampled"], batch.mask, self.importance_cap)
         loss = losses.policy_loss(
             new,
             old,
             batch.values["advantage"],
-            mask,
+            batch.mask,
             variant=self.variant,
             clip=self.clip,
             normaliser=self.normaliser,
@@ -80,13 +81,24 @@ class Grpo:
         samples = self._samples(rollouts)
         learned = Costs()
         if config.updates > 1:
-            old, learned = self._updates.logprobs(pool, samples, shared, step * config.updates, config.temperature)
-            samples = policy.with_values(samples, "old", old)
-        found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates)
+            samples, learned = self._with_old(pool, samples, shared, step * config.updates)
+        found = yield from policy.learn(pool, shared, step, samples, self._loss, config, self._updates, self._teaches)
         learned += self._updates.costs(found, with_base=config.beta > 0)
         record = policy.record(rollouts) | {"learning": self._updates.figures(found)}
         record["times"]["learn"] = learned.worker_seconds
         return Report(record, total_costs(rollouts.results) + learned)
+
+    def _with_old(
+        self, pool: CallRunner, samples: Sequence[Sample], theta: Any, version: int
+    ) -> tuple[list[Sample], Costs]:
+        """The samples, those that teach something with their log-probabilities at theta; and what those cost."""
+        teaching = [sample for sample in samples if self._teaches(sample)]
+        rows, costs = self._updates.logprobs(pool, teaching, theta, version, self.config.temperature)
+        old = iter(policy.with_values(teaching, "old", rows))
+        return [next(old) if self._teaches(sample) else sample for sample in samples], costs
+
+    def _teaches(self, sample: Sample) -> bool:
+        return bool(sample.values["learn"]) and (self.config.beta > 0 or sample.values["advantage"] != 0)
 
     def _samples(self, rollouts: policy.Rollouts) -> list[Sample]:
         scale, mask_truncated = self.config.reward_scale, self.config.mask_truncated

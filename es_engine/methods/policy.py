@@ -79,13 +79,16 @@ def learn(
     loss: Callable[[Sequence[Sample]], Loss],
     config: PolicyMethodConfig,
     updates: Updates,
+    teaches: Callable[[Sample], bool] = lambda _: True,
 ) -> Generator[Vector, Vector, list[Gradient]]:
     """Go over a step's samples `epochs` times in `minibatches`, from theta (as the pool shares it): directions that are
-    answered by where they led, as those of a method. `loss` is that of a minibatch; the gradients come back."""
+    answered by where they led, as those of a method. `loss` is that of a minibatch, whose samples the model reads only
+    if they teach something: the loss of others must have no gradient. The gradients come back."""
     found: list[Gradient] = []
     for update in range(config.updates):
         minibatch = _minibatch(samples, config, update % config.minibatches)
-        gradient = updates.gradient(pool, loss(minibatch), minibatch, theta, step * config.updates + update)
+        teaching = [sample for sample in minibatch if teaches(sample)]
+        gradient = updates.gradient(pool, loss(minibatch), teaching, theta, step * config.updates + update)
         found.append(gradient)
         theta = pool.put((yield -gradient.gradient))
     return found
