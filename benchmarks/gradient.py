@@ -148,7 +148,10 @@ def samples_of(materials: Materials, kind: Kind, rows: int) -> list[Sample]:
     if kind != "grpo":
         return samples
     advantages = np.random.default_rng(0).standard_normal(len(samples)).tolist()
-    return [sample.with_value("advantage", advantage) for sample, advantage in zip(samples, advantages, strict=True)]
+    return [
+        sample.with_value("advantage", advantage).with_value("learn", 1.0)
+        for sample, advantage in zip(samples, advantages, strict=True)
+    ]
 
 
 # --- Ours ---

@@ -30,6 +30,15 @@ def digits(rollout):
     text = rollout.completion
     return sum(character.isdigit() for character in text) / max(1, len(text))
 """
+DIGITS_AT_FIRST = """
+from pathlib import Path
+scored = Path(__file__).with_suffix(".scored")
+def digits(rollout):
+    with scored.open("a") as file:
+        file.write(".")
+    at_first = scored.stat().st_size <= 16
+    return sum(character.isdigit() for character in rollout.completion) if at_first else 0.0
+"""
 SMALL_ES = {"kind": "es", "population": 4, "sigma": 0.1, "prompts": 4}
 
 
@@ -62,6 +71,15 @@ def test_a_learning_rate_that_is_far_too_large_ends_a_run_in_one_sentence_and_lo
     assert read_status(run).error == said
     del kept[run / "log.jsonl"]
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_grpo_notices_that_it_diverged_where_all_nonsense_scores_alike(random_llama: Path, tmp_path: Path) -> None:
+    """Eight held-out completions and eight of the first step are scored by their digits, and no others."""
+    (tmp_path / "verifier.py").write_text(DIGITS_AT_FIRST)
+    method = {"kind": "grpo", "prompts": 4, "samples": 2}
+    config = small_config(random_llama, method, optimizer=WILD, task={"verifier": f"{tmp_path}/verifier.py:digits"})
+    with pytest.raises(Diverged, match=r"^training diverged in step 2: the gradient is not finite"):
+        train_here(config, tmp_path / "run")
 
 
 def test_a_step_that_leaves_float32_is_a_divergence() -> None:

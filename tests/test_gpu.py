@@ -41,7 +41,7 @@ from es_engine.spaces.lora import LoraSpace, Train
 from workers.engine import Member, Request, Sampling
 from workers.gradient import GradientModel
 from workers.models import linear_matrices
-from workers.samples import Sample
+from workers.samples import Sample, reads_prompts_once
 from workers.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -182,10 +182,12 @@ def test_a_rested_engine_frees_the_gpu_and_goes_on_with_its_slots(engine: VllmEn
     assert texts(engine, requests, GREEDY)
 
 
-def test_gradients_are_those_of_a_cpu_and_the_same_again(random_llama: Path, space: LoraSpace) -> None:
-    ids = random_prompts(14, 5, 19, 16)
-    samples = [Sample(each[:3], each[3:], {}) for each in ids]
-    loss = MeanNll(sum(len(each) - 3 for each in ids))
+@pytest.mark.parametrize("prompts", [4, 1], ids=["prompts that differ", "a prompt that is read once"])
+def test_gradients_are_those_of_a_cpu_and_the_same_again(prompts: int, random_llama: Path, space: LoraSpace) -> None:
+    asked = random_prompts(*[30] * prompts)
+    samples = [Sample(asked[place % prompts], ids) for place, ids in enumerate(random_prompts(11, 2, 16, 13))]
+    assert reads_prompts_once(samples) == (prompts == 1)
+    loss = MeanNll(sum(len(sample.completion_ids) for sample in samples))
     found = []
     for device in ("cpu", "cuda"):
         model = GradientModel(random_llama, space, "float32", device)

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import random_center, random_prompts
 from simple_losses import MeanNll, Weighted, reverse_kl, squared_margins
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from es_engine.config import SftMethodConfig, parse_config
@@ -36,10 +36,10 @@ from workers.chunks import Chunk
 from workers.cluster import environment
 from workers.divergence import NotFinite
 from workers.engine import Sampling, Vector
-from workers.gradient import GradientModel, Loss, PartialGradient, collate
+from workers.gradient import GradientModel, Loss, PartialGradient, _takes_contexts, collate
 from workers.models import fingerprint, linear_matrices
 from workers.pool import Pool
-from workers.samples import LogProbs, Sample, micro_batches
+from workers.samples import LogProbs, Sample, micro_batches, suitable_tokens
 
 LENGTHS = ((5, 9), (1, 4), (17, 2), (8, 8), (3, 20), (12, 1))
 TOKENS = sum(length for _, length in LENGTHS)
@@ -239,19 +239,43 @@ def test_where_no_prompt_comes_again_all_is_read_at_once(model: GradientModel) -
     assert tokens_through(model, one_token) == [(6, 21)]
 
 
-def test_a_model_that_attends_within_windows_reads_prompts_with_each_completion(
-    random_qwen: Path, tmp_path: Path
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+
+
+@pytest.mark.parametrize("changes", [WINDOWS, DYNAMIC], ids=["windows", "positions by the longest text"])
+def test_a_model_for_which_padding_counts_reads_prompts_with_each_completion(
+    changes: dict[str, Any], random_qwen: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "windows"
+    folder = tmp_path / "changed"
     shutil.copytree(random_qwen, folder)
     config = json.loads((folder / "config.json").read_text())
-    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}
-    (folder / "config.json").write_text(json.dumps(config | windows))
+    (folder / "config.json").write_text(json.dumps(config | changes))
     space = build_space(folder)
     model = GradientModel(folder, space, "float32")
     assert tokens_through(model, groups()) == [(9, 23)]
     assert model.tokens_read(groups()) == sum(sample.tokens for sample in groups())
     compare_with_plain_peft(folder, space, center(space), groups(), tmp_path / "adapter")
+
+
+def test_a_model_whose_positions_are_not_rotary_reads_prompts_with_each_completion() -> None:
+    plain, learned = LlamaConfig(), GPTNeoConfig(attention_types=[[["global", "local"], 12]])
+    assert [_takes_contexts(SimpleNamespace(config=config)) for config in (plain, learned)] == [True, False]
+
+
+def test_a_shared_prompts_gradient_comes_again_on_several_threads(random_llama: Path, space: LoraSpace) -> None:
+    """Sums over a prompt's completions are large enough here for torch to share them out among threads."""
+    shared = [Sample((7,) * 150, (1, 2, number)) for number in range(12)]
+    model = GradientModel(random_llama, space, "float32")
+    model.set_theta(center(space))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = {model.gradient(MeanNll(1), shared).gradient.tobytes() for _ in range(8)}
+    finally:
+        torch.set_num_threads(threads)
+    assert tokens_through(model, shared) == [(1, 149), (12, 4)]
+    assert len(found) == 1
 
 
 # Log-probabilities
@@ -372,12 +396,22 @@ def test_micro_batches_are_of_samples_of_similar_length_or_of_the_same_prompt_wh
 def test_where_nobody_says_how_large_micro_batches_are_they_are_an_eighth_of_all_tokens_within_bounds(
     count: int, tokens: int, batches: int
 ) -> None:
-    found = [Sample((1,) * 50, (1,) * 7)] * count
+    found = [Sample((number,) * 50, (1,) * 7) for number in range(count)]
     updates = Updates(SftMethodConfig(), dim=1, parameters=1, adapted=1)
     assert updates.micro_batch_tokens(found) == tokens
     assert len(micro_batches(found, tokens)) == batches
     told = Updates(SftMethodConfig(micro_batch_tokens=77), dim=1, parameters=1, adapted=1)
     assert told.micro_batch_tokens(found) == 77
+
+
+def test_a_prompts_completions_are_not_parted_where_they_fit() -> None:
+    """Eight of at most 80 tokens with their prompt are more than an eighth of all; 80 are more than there may be."""
+    eight = [Sample((prompt,) * 70, (1,) * (3 + length)) for length in range(8) for prompt in range(8)]
+    assert suitable_tokens(eight) == 8 * 80
+    for batch in micro_batches(eight, 8 * 80):
+        assert len(batch) == 8
+        assert len({eight[place].prompt_ids for place in batch}) == 1
+    assert suitable_tokens([Sample((1,) * 70, (1,) * 10)] * 80) == 4096
 
 
 @pytest.mark.parametrize(
@@ -515,8 +549,10 @@ def two_workers(folder: Path, space: LoraSpace) -> Pool:
 
 
 def on_runner(pool: CallRunner, space: LoraSpace, theta: Any) -> tuple[gradients.Gradient, list[Vector]]:
-    rows = gradients.logprobs(pool, samples(), None, -1, max_tokens=32).rows
-    return gradients.gradient(pool, reverse_kl, samples(), theta, 3, dim=space.dim, max_tokens=32), rows
+    """Some samples are read whole, and a group's prompt once."""
+    drawn = [replace(sample, values={}) for sample in [*samples(), *groups()[:3]]]
+    rows = gradients.logprobs(pool, drawn, None, -1, max_tokens=70).rows
+    return gradients.gradient(pool, reverse_kl, drawn, theta, 3, dim=space.dim, max_tokens=70), rows
 
 
 class Asked:

@@ -184,7 +184,8 @@ def test_old_logprobs_are_of_what_teaches_something(random_llama: Path) -> None:
     assert costs.processed == sum(sample.tokens for sample in judged if "old" in sample.values)
 
 
-def test_where_all_rewards_are_equal_no_gradient_is_taken(random_llama: Path) -> None:
+def test_where_all_rewards_are_equal_the_shortest_sample_alone_is_read(random_llama: Path) -> None:
+    """For the sake of a model whose logits are no numbers."""
     found = materials_of(random_llama, {"kind": "grpo", "prompts": 3, "samples": 3}, engine={"chunk": 2})
     method, pool, theta = found.method, LocalPool(found), found.space.start()
     assert isinstance(method, Grpo)
@@ -193,9 +194,10 @@ def test_where_all_rewards_are_equal_no_gradient_is_taken(random_llama: Path) ->
     assert not next(steps).any()
     with pytest.raises(StopIteration) as end:
         steps.send(theta)
-    assert pool.calls == []
-    assert method._updates.costs(end.value.value).processed == 0
-    assert method._updates.figures(end.value.value) == {"loss": 0, "norm": 0}
+    assert [call.arguments[1] for call in pool.calls] == [[samples[0]]]
+    assert method._updates.costs(end.value.value).processed == samples[0].tokens == 3
+    figures = method._updates.figures(end.value.value)
+    assert (figures["loss"], figures["norm"]) == (0, 0)
 
 
 class Said:

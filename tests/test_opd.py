@@ -32,7 +32,7 @@ from workers.calls import Call
 from workers.engine import Sampling, Vector
 from workers.gradient import GradientModel
 from workers.models import fingerprint, multiplying_parameters
-from workers.samples import Sample
+from workers.samples import Sample, reads_prompts_once
 from workers.teacher import Teacher, find_teacher
 
 LENGTHS = ((5, 9), (1, 4), (17, 2), (3, 20))
@@ -50,9 +50,9 @@ def samples() -> list[Sample]:
 
 
 def groups() -> list[Sample]:
-    """Two prompts, each with two completions."""
-    ids = random_prompts(9, 6, 4, 5, 7, 2)
-    return [Sample(ids[place // 2], ids[2 + place]) for place in range(4)]
+    """Two prompts, each with three completions."""
+    ids = random_prompts(19, 16, 4, 5, 7, 2, 1, 3)
+    return [Sample(ids[place // 3], ids[2 + place]) for place in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def test_the_exact_form_is_that_of_two_plain_models(
     teacher = teachers[which]
     model = student(random_llama, space, teacher, center(space), "float64")
     tokens = sum(len(sample.completion_ids) for sample in drawn)
+    assert reads_prompts_once(drawn) == (len(drawn) == 6)
     found = model.gradient(ExactLoss(tokens, temperature=0.7), drawn)
     told = model.logprobs(drawn, 0.7, "teacher")
 
@@ -186,8 +187,11 @@ def test_outputs_of_other_sizes_are_compared_where_both_have_them(
     assert found.loss == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-6)
 
     (told,) = model.logprobs([sample], of="teacher")
-    for beside in model.logprobs([Sample((60, 61, 62), (8,)), sample, sample], of="teacher")[1:]:
-        np.testing.assert_allclose(beside, told, atol=1e-5)
+    once, whole = [replace(sample, prompt_ids=(60, 61, 62) * 4)] * 4, replace(sample, prompt_ids=(60, 61, 62) * 4)
+    assert reads_prompts_once(once)
+    np.testing.assert_allclose(
+        model.logprobs(once, of="teacher")[3], model.logprobs([whole], of="teacher")[0], atol=1e-5
+    )
     assert np.isfinite(told).tolist() == [True, outputs > 60, True]
     judged = model.gradient(SampledLoss(3.0), [sample.with_value("teacher", told)])
     assert np.isfinite(judged.gradient).all()

@@ -213,7 +213,7 @@ class GradientModel:
         elif teacher is not None and teacher.adapter is not None:
             add_adapter(self._model, teacher.adapter, TEACHER)
         self._models = [each for each in (self._model, self._other) if each is not None]
-        self._shares = all(_attends_to_all(each) for each in self._models)
+        self._shares = all(_takes_contexts(each) for each in self._models)
         self._layers = [adapted_layer(self._model, matrix.name) for matrix in space.matrices]
         self._factors = [factor_weight(self._model, place.matrix.name, place.factor) for place in space.placements]
         self._freeze()
@@ -245,7 +245,8 @@ class GradientModel:
         )
 
     def tokens_read(self, samples: Sequence[Sample]) -> int:
-        """How many tokens the model reads of samples in one micro-batch, padding left out."""
+        """How many tokens the model reads of samples in one micro-batch, as costs count them: padding left out, and
+        what is read twice of a shared prompt, its last token, counted once."""
         prompts = [sample.prompt_ids for sample in samples]
         completions = sum(len(sample.completion_ids) for sample in samples)
         return completions + sum(map(len, set(prompts) if self._reads_once(samples) else prompts))
@@ -313,10 +314,13 @@ class GradientModel:
             torch.cuda.empty_cache()
 
 
-def _attends_to_all(model: Any) -> bool:
-    """Whether all layers attend to all tokens before, and so take contexts of any lengths side by side; windows, states
-    and chunks would count padding as tokens."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+def _takes_contexts(model: Any) -> bool:
+    """Whether a model reads on rightly after contexts of any lengths side by side: all layers attend to all tokens
+    before, and positions are rotary. Windows, states and other positions would count padding as tokens, and two kinds
+    of rotary ones depend on the longest text beside."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None)
+    rotary = isinstance(rope, dict) and rope.get("rope_type") not in ("dynamic", "longrope")
+    return rotary and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def _completion_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -329,7 +333,8 @@ def _after(model: Any, contexts: Contexts, length: int) -> dict[str, Any]:
     """What a model needs to know to read `length` tokens of each sample after its context, which is read here."""
     cache, nothing = DynamicCache(config=model.config), torch.zeros_like(contexts.token_ids, dtype=torch.bool)
     _read(model, contexts.token_ids, nothing, past_key_values=cache)
-    cache.batch_select_indices(contexts.of)
+    for layer in cache.layers:  # not by `batch_select_indices`, whose gradients several threads add in any order
+        layer.keys, layer.values = (each.index_select(0, contexts.of) for each in (layer.keys, layer.values))
     ends, width = contexts.lengths[contexts.of][:, None], contexts.token_ids.shape[1]
     place = torch.arange(width + length, device=ends.device)
     return {

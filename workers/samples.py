@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,9 +62,10 @@ class LogProbs:
 
 
 def suitable_tokens(samples: Sequence[Sample]) -> int:
-    """How many tokens, padding included, micro-batches of samples may have where nobody says it: an eighth of all, 512
-    at least and 4096 at most. A function of the samples alone."""
-    return min(MOST_TOKENS, max(LEAST_TOKENS, sum(sample.tokens for sample in samples) // PARTS))
+    """How many tokens, padding included, micro-batches of samples may have where nobody says it: an eighth of all, but
+    the samples of a prompt; 512 at least and 4096 at most. A function of the samples alone."""
+    largest = max((_tokens_whole(group) for group in _by_prompt(samples)), default=0)
+    return min(MOST_TOKENS, max(LEAST_TOKENS, largest, sum(sample.tokens for sample in samples) // PARTS))
 
 
 def reads_prompts_once(samples: Sequence[Sample]) -> bool:
@@ -83,27 +85,40 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, together: int = 1)
     may then be larger than `max_tokens`.
     """
     assert len(samples) % together == 0, "runs of samples are whole"
-    runs = [range(first, first + together) for first in range(0, len(samples), together)]
-    by_length = sorted(runs, key=lambda run: -max(samples[place].tokens for place in run))
-    prompts: dict[tuple[int, ...], int] = {}
-    for run in by_length:
-        prompts.setdefault(samples[run[0]].prompt_ids, len(prompts))
-    by_prompt = sorted(by_length, key=lambda run: prompts[samples[run[0]].prompt_ids])
-    arrangements = [_filled(samples, order, max_tokens) for order in (by_length, by_prompt)]
+    runs = [list(range(first, first + together)) for first in range(0, len(samples), together)]
+    runs.sort(key=lambda run: -max(samples[place].tokens for place in run))
+    groups: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+    for run in runs:
+        groups[samples[run[0]].prompt_ids].append(run)
+    units = [unit for group in groups.values() for unit in _units(samples, group, max_tokens)]
+    arrangements = [_filled(samples, each, max_tokens) for each in (runs, units)]
     return min(arrangements, key=lambda batches: sum(_tokens_to_read(samples, batch) for batch in batches))
 
 
-def _filled(samples: Sequence[Sample], runs: Sequence[range], max_tokens: int) -> list[list[int]]:
-    """Micro-batches of runs of places in the order given, each as full as may be."""
+def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    groups: defaultdict[tuple[int, ...], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.prompt_ids].append(sample)
+    return list(groups.values())
+
+
+def _units(samples: Sequence[Sample], runs: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+    """What of a prompt's runs is not to be parted: all of it, where it fits into a micro-batch."""
+    whole = [place for run in runs for place in run]
+    return [whole] if _tokens_whole([samples[place] for place in whole]) <= max_tokens else list(runs)
+
+
+def _filled(samples: Sequence[Sample], units: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of units in the order given, each as full as may be."""
     batches: list[list[int]] = []
     width = 0  # of the last micro-batch
-    for run in runs:
-        longest = max(samples[place].tokens for place in run)
-        if not batches or max(width, longest) * (len(batches[-1]) + len(run)) > max_tokens:
+    for unit in units:
+        longest = max(samples[place].tokens for place in unit)
+        if not batches or max(width, longest) * (len(batches[-1]) + len(unit)) > max_tokens:
             batches.append([])
             width = 0
         width = max(width, longest)
-        batches[-1].extend(run)
+        batches[-1].extend(unit)
     return batches
 
 
@@ -118,5 +133,5 @@ def _tokens_whole(samples: Sequence[Sample]) -> int:
 
 def _tokens_once(samples: Sequence[Sample]) -> int:
     prompts = {sample.prompt_ids for sample in samples}
-    completions = len(samples) * max(len(sample.completion_ids) for sample in samples)
-    return len(prompts) * max(len(prompt) for prompt in prompts) + completions
+    after = len(samples) * max(1 + len(sample.completion_ids) for sample in samples)
+    return len(prompts) * max(len(prompt) - 1 for prompt in prompts) + after

@@ -142,7 +142,8 @@ class GradientMethodConfig(ConfigModel):
     micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Tokens of the samples that a worker takes a gradient on at a time, prompts counted with each "
-        "completion and padding included; auto is an eighth of an update's tokens, 512 at least and 4096 at most.",
+        "completion and padding included; auto is an eighth of an update's tokens, or the completions of a "
+        "prompt where those have more, 512 at least and 4096 at most.",
     )
     max_norm: PositiveFloat | None = Field(
         default=1.0, description="Norm to which longer gradients are shortened; null leaves them as they are."

@@ -3,8 +3,8 @@
 A step draws a group of completions of each prompt at the center, and goes over them `epochs` times in `minibatches`.
 Where that is one update only, the probability ratio is 1 in value, and the old log-probabilities are the new ones;
 otherwise the trainer computes them before the first update. The engine's own log-probabilities, whose numerics are not
-the trainer's, only weigh tokens (truncated importance sampling). What has no advantage has no gradient, and the trainer
-does not read it, unless it is held to the base model.
+the trainer's, only weigh tokens (truncated importance sampling). What has no gradient, for want of an advantage or for
+being cut short, the trainer does not read.
 
 Shapes: P prompts, n completions of each, T tokens of a completion, D = len(theta).
 """
@@ -31,8 +31,8 @@ from workers.samples import Sample
 
 @dataclass(frozen=True, slots=True)
 class GrpoLoss:
-    """`losses.policy_loss` of samples that have an `advantage`, and may have `old` and, of the engine, `sampled`
-    log-probabilities."""
+    """`losses.policy_loss` of samples that have an `advantage`, are to be learned from or not (`learn`), and may have
+    `old` and, of the engine, `sampled` log-probabilities."""
 
     variant: losses.Variant
     clip: tuple[float, float]
@@ -42,16 +42,17 @@ class GrpoLoss:
     importance_cap: float | None
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]:
+        mask = batch.mask & (batch.values["learn"] > 0)[:, None]
         new = outputs.logprobs(self.temperature)
         old = batch.values.get("old", new.detach())
         weights = None
         if self.importance_cap is not None:
-            weights = losses.truncated_importance(old, batch.values["sampled"], batch.mask, self.importance_cap)
+            weights = losses.truncated_importance(old, batch.values["sampled"], mask, self.importance_cap)
         loss = losses.policy_loss(
             new,
             old,
             batch.values["advantage"],
-            batch.mask,
+            mask,
             variant=self.variant,
             clip=self.clip,
             normaliser=self.normaliser,

@@ -82,13 +82,14 @@ def learn(
     teaches: Callable[[Sample], bool] = lambda _: True,
 ) -> Generator[Vector, Vector, list[Gradient]]:
     """Go over a step's samples `epochs` times in `minibatches`, from theta (as the pool shares it): directions that are
-    answered by where they led, as those of a method. `loss` is that of a minibatch, whose samples the model reads only
-    if they teach something: the loss of others must have no gradient. The gradients come back."""
+    answered by where they led, as those of a method. `loss` is that of a minibatch; it must have no gradient of samples
+    that teach nothing, for they are not read. The gradients come back."""
     found: list[Gradient] = []
     for update in range(config.updates):
         minibatch = _minibatch(samples, config, update % config.minibatches)
-        teaching = [sample for sample in minibatch if teaches(sample)]
-        gradient = updates.gradient(pool, loss(minibatch), teaching, theta, step * config.updates + update)
+        # One is always read: a model whose logits are no numbers may say only what scores alike.
+        read = [sample for sample in minibatch if teaches(sample)] or [min(minibatch, key=lambda each: each.tokens)]
+        gradient = updates.gradient(pool, loss(minibatch), read, theta, step * config.updates + update)
         found.append(gradient)
         theta = pool.put((yield -gradient.gradient))
     return found
