@@ -6,6 +6,7 @@ import io
 import json
 import math
 import socket
+import time
 import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_tensorboard_resume_hides_what_is_done_again(tmp_path: Path) -> None:
         killed.generation(generation(step, reward_mean=0.25))
     killed.evaluation(EVALUATION | {"step": 2, "reward": 0.25})
     killed.close()
+    time.sleep(1)  # files are named by seconds, and those of one second by a number that is not sorted as one
     resumed = TensorBoardTelemetry(tmp_path, first_step=2)
     resumed.generation(generation(2, reward_mean=0.75))
     resumed.close()
