@@ -62,9 +62,10 @@ class LogProbs:
 
 
 def suitable_tokens(samples: Sequence[Sample]) -> int:
-    """How many tokens, padding included, micro-batches of samples may have where nobody says it: an eighth of all, but
-    the samples of a prompt; 512 at least and 4096 at most. A function of the samples alone."""
-    largest = max((_tokens_whole(group) for group in _by_prompt(samples)), default=0)
+    """How many tokens, padding included, micro-batches of samples may have where nobody says it: an eighth of all, or
+    those of a prompt's samples where they are more; 512 at least and 4096 at most. A function of the samples alone."""
+    groups = _by_prompt(samples, [[place] for place in range(len(samples))])
+    largest = max((_tokens_whole([samples[place] for (place,) in group]) for group in groups), default=0)
     return min(MOST_TOKENS, max(LEAST_TOKENS, largest, sum(sample.tokens for sample in samples) // PARTS))
 
 
@@ -87,18 +88,16 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, together: int = 1)
     assert len(samples) % together == 0, "runs of samples are whole"
     runs = [list(range(first, first + together)) for first in range(0, len(samples), together)]
     runs.sort(key=lambda run: -max(samples[place].tokens for place in run))
-    groups: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
-    for run in runs:
-        groups[samples[run[0]].prompt_ids].append(run)
-    units = [unit for group in groups.values() for unit in _units(samples, group, max_tokens)]
+    units = [unit for group in _by_prompt(samples, runs) for unit in _units(samples, group, max_tokens)]
     arrangements = [_filled(samples, each, max_tokens) for each in (runs, units)]
     return min(arrangements, key=lambda batches: sum(_tokens_to_read(samples, batch) for batch in batches))
 
 
-def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
-    groups: defaultdict[tuple[int, ...], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.prompt_ids].append(sample)
+def _by_prompt(samples: Sequence[Sample], runs: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Runs of places by their prompt, which is that of the first."""
+    groups: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+    for run in runs:
+        groups[samples[run[0]].prompt_ids].append(run)
     return list(groups.values())
 
 
