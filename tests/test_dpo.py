@@ -56,11 +56,8 @@ def test_given_pairs_widen_the_margin(random_llama: Path, tmp_path: Path) -> Non
     assert {report.record["pairs"] for report in reports} == {6}
     assert reports[0].costs.generated == reports[0].record["rollouts"] == 0
     assert reports[0].record["reward_mean"] is None
-    # Passes by policy and base model, which read a pair's prompt once.
-    read = gradient_samples(pool)[:12]
-    prompts = [sample.prompt_ids for sample in read]
-    assert prompts[::2] == prompts[1::2]
-    assert reports[0].costs.processed == 2 * sum(sample.tokens for sample in read) - 2 * sum(map(len, prompts[::2]))
+    # Passes by policy and base model; three pairs of two short texts are no more than a micro-batch holds.
+    assert reports[0].costs.processed == 2 * sum(sample.tokens for sample in gradient_samples(pool)[:12])
     assert len(pool.calls) > len(reports)
 
 
