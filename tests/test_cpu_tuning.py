@@ -40,8 +40,9 @@ def test_norms_equal_torch(dtype: torch.dtype, rows: int) -> None:
     normed, total = ir.ops.fused_add_rms_norm.impls[PROVIDER].impl_fn(x.clone(), residual.clone(), weight, 1e-5)
     torch.testing.assert_close(total, x + residual, **close)
     expected = torch.nn.functional.rms_norm(x.double() + residual.double(), (96,), weight.double(), 1e-5)
-    # Without AVX-512 the kernel cuts bfloat16 off and does not round: once in the sum, once in what is made of it.
-    torch.testing.assert_close(normed.double(), expected, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        close["rtol"] *= 2  # there the kernel cuts off and does not round: once in the sum, once in what is made of it
+    torch.testing.assert_close(normed.double(), expected, **close)
 
 
 def test_norms_that_the_kernels_cannot_do_are_left_to_vllm() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import random_center
-from small_runs import LocalPool, materials_of, resume_here, train_and_kill, train_here
+from small_runs import LocalPool, climb, materials_of, resume_here, train_and_kill, train_here
 from test_runs import assert_same_run
 
 from es_engine.config import ConfigError, GrpoMethodConfig, parse_config
@@ -27,7 +27,7 @@ from es_engine.report.plots import Bars, plots
 from rewards.base import Example
 from workers.chunks import Problem
 from workers.engine import Completion, Sampling, Vector
-from workers.samples import Sample
+from workers.samples import Sample, reads_prompts_once
 
 VERIFIER = """
 def digits(rollout):
@@ -258,12 +258,17 @@ def test_a_model_learns_to_say_digits(undisturbed: Path) -> None:
     assert [line["moves"] for line in lines] == [4] * STEPS
     assert all(line["learning"]["kl"] > 0 for line in lines[1:])
     assert all(0.5 < line["learning"]["ratio"] < 2 for line in lines)
-    for line in lines:
-        tokens = line["tokens"]
-        once = line["prompt_tokens"] + tokens  # a prompt again where its completions are in two micro-batches
-        assert line["costs"]["generated"] == tokens
-        # Once to be drawn; once for the old log-probabilities; twice by the policy and twice by the base model.
-        assert 5 * once <= line["costs"]["processed"] - once < 6 * once
+    assert [line["costs"]["generated"] for line in lines] == [line["tokens"] for line in lines]
+
+
+def test_every_pass_over_a_steps_samples_is_counted(random_llama: Path) -> None:
+    fields = {"prompts": 6, "samples": 6, "epochs": 2, "minibatches": 2, "beta": 0.01, "micro_batch_tokens": 1 << 20}
+    found = materials_of(random_llama, {"kind": "grpo", **fields}, engine={"chunk": 2})
+    pool = LocalPool(found)
+    (report,) = climb(found, pool, 1, lr=0.1)[1]
+    assert all(reads_prompts_once(call.arguments[1]) for call in pool.calls if call.method == "gradient")
+    # Once to be drawn; once for the old log-probabilities; twice by the policy and twice by the base model.
+    assert report.costs.processed == 6 * (report.record["prompt_tokens"] + report.record["tokens"])
 
 
 def test_workers_seconds_are_told_by_the_work_they_went_into(undisturbed: Path) -> None:

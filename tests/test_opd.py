@@ -16,7 +16,8 @@ import yaml
 from command_line import refusal
 from conftest import ALPHABET, build_random_model
 from inputs import random_center, random_prompts
-from test_gradient import OnOneWorker, build_space, plain_logprobs, plain_peft
+from test_gradient import build_space, plain_logprobs, plain_peft
+from test_gradient_pool import OnOneWorker
 from test_runs import write_config
 from transformers import AutoModelForCausalLM
 

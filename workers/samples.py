@@ -13,10 +13,10 @@ Value = float | npt.NDArray[np.float32]
 
 PARTS = 8
 """Micro-batches of a step, so that as many workers have something to do."""
-WORTH_IT = 0.75
-"""Tokens to read in two parts over those to read at once. The second part attends with a mask, which is slower."""
 LEAST_TOKENS, MOST_TOKENS = 512, 4096
 """Of a micro-batch: fewer would each take longer, more would need much memory."""
+WORTH_IT = 0.75
+"""Tokens to read in two parts over those to read at once. The second part attends with a mask, which is slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,17 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, together: int = 1)
     """The places of samples in micro-batches of at most `max_tokens` tokens, prompts counted with each completion and
     padding included; a function of the samples alone.
 
-    Samples of similar length share a micro-batch, or those of the same prompt do, whichever leaves less to read. Each
-    run of `together` samples, such as the two completions of a preference, stays in one micro-batch side by side, which
-    may then be larger than `max_tokens`.
+    Samples of similar length share a micro-batch, or those of the same prompt do, whichever leaves less to read; the
+    longest come first. Each run of `together` samples, such as the two completions of a preference, stays in one
+    micro-batch side by side, which may then be larger than `max_tokens`.
     """
     assert len(samples) % together == 0, "runs of samples are whole"
     runs = [list(range(first, first + together)) for first in range(0, len(samples), together)]
     runs.sort(key=lambda run: -max(samples[place].tokens for place in run))
     units = [unit for group in _by_prompt(samples, runs) for unit in _units(samples, group, max_tokens)]
     arrangements = [_filled(samples, each, max_tokens) for each in (runs, units)]
-    return min(arrangements, key=lambda batches: sum(_tokens_to_read(samples, batch) for batch in batches))
+    best = min(arrangements, key=lambda batches: sum(_tokens_to_read(samples, batch) for batch in batches))
+    return sorted(best, key=lambda batch: -max(samples[place].tokens for place in batch))
 
 
 def _by_prompt(samples: Sequence[Sample], runs: Sequence[list[int]]) -> list[list[list[int]]]:
