@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from chaos_runs import PATIENCE_S
 from chaos_table import count
 from safetensors.torch import load_file, save_file
 from small_runs import resume_here, small_config, train_here, write_config
@@ -96,7 +97,7 @@ def test_a_signal_ends_a_run_within_ten_seconds_and_a_second_one_at_once(
     run = folder / name
     command = [ES_ENGINE, "train", write_config(config, folder / f"{name}.yaml"), "--run-dir", run]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (run / "ledger.jsonl").exists() or len(Ledger(run / "ledger.jsonl").lines) < 3:
         assert driver.poll() is None, driver.communicate()
         assert time.monotonic() < deadline
