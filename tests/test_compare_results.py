@@ -131,6 +131,42 @@ def test_what_it_cost_to_reach_an_accuracy(summary: dict[str, Any]) -> None:
     assert set(nearly_all["costs"].values()) == {None}
 
 
+def test_scores_are_told_at_equal_cost_of_other_kinds(tmp_path: Path) -> None:
+    """ES spends twice of GRPO's FLOPs in its four steps, so that half-way it had spent what GRPO had in the end; SFT
+    generates nothing, and spends the fewest seconds."""
+    each = {
+        "es": Costs(1000, 5000, 2 * 10**9, 2.0),
+        "grpo": Costs(1000, 5000, 10**9, 2.0),
+        "sft": Costs(0, 5000, 10**9, 0.5),
+    }
+    comparison = comparison_of(
+        runs={"es": {}, "grpo": {"method": {"kind": "grpo"}}, "sft": {"method": {"kind": "sft"}}},
+        budget={"processed_tokens": 20_000},
+    )
+    for trial in pending(comparison, tmp_path):
+        scores = curve(trial)
+        finish(trial, tmp_path, scores, scores * 2 - 1, costs=each[trial.run])
+    found = summarise(comparison, tmp_path)
+    amounts = {measure: each["amount"] for measure, each in found["equal_costs"].items()}
+    assert amounts == {"generated": 4000, "flops": 4e9, "worker_seconds": 2}
+    generated, flops, seconds = found["equal_costs"].values()
+    assert list(generated["runs"]) == ["es", "grpo"]
+    assert generated["runs"]["es"]["accuracy"]["seeds"] == [13 / 16, 14 / 16, 15 / 16]
+    half_way = np.stack([curve(trial)[1] for trial in _finals(tmp_path, "es")])
+    expected = share_interval(half_way)
+    at_flops = flops["runs"]["es"]["accuracy"]
+    assert (at_flops["mean"], at_flops["low"], at_flops["high"]) == pytest.approx(
+        (10 / 16, float(expected.low), float(expected.high))
+    )
+    assert flops["runs"]["es"]["reward"]["mean"] == pytest.approx(2 * 10 / 16 - 1)
+    assert flops["runs"]["grpo"]["accuracy"]["mean"] == pytest.approx(10 / 16)
+    assert seconds["runs"]["grpo"]["accuracy"]["mean"] == pytest.approx((4 + 6) / 2 / 16)  # half-way to its step 2
+    (table,) = (table for table in tables(found) if table.heading == "At equal cost of other kinds")
+    assert table.columns == ["run", "4,000 generated tokens", "4G estimated FLOPs", "2 worker seconds"]
+    assert table.rows[2][1] == "–"
+    assert "Settings" not in table.text  # none was picked
+
+
 def test_ability_at_another_task_is_measured_before_and_after(summary: dict[str, Any]) -> None:
     other = summary["runs"]["es"]["other_tasks"]["three"]
     assert (other["figure"], other["before"]["mean"], other["after"]["mean"]) == ("accuracy", 0.5, 0)
@@ -165,6 +201,7 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
         "Differences",
         "Sampled answers",
         "What the runs spent",
+        "At equal cost of other kinds",
         "Cost to reach an accuracy",
         "Distance from the base model",
         "Training rollouts",
@@ -176,6 +213,7 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
     spent = made["What the runs spent"]
     assert "ends after the step that reaches 4,000 generated tokens" in spent.text
     assert spent.rows[0] == ["es", 4000, 20_000, 4e9, 8, 4, "0:00:08"]
+    assert "Settings were picked for 4,000 generated tokens" in made["At equal cost of other kinds"].text
     assert made["Grid: es"].rows[0] == [1, "3.0", 0.5, 0.75, "chosen"]
     assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", None]
 

@@ -192,6 +192,10 @@ def test_runs_that_diverge_are_told_of_counted_as_they_are_and_not_repeated(
         assert page_summary([RunGroup("wild", (read_run(run),))]).rows[0][-1] == "diverged"
     reward = np.mean([Ledger(folder / f"runs/wild/seed-{seed}/eval.jsonl").lines[-1]["reward"] for seed in (1, 2)])
     assert summary["runs"]["wild"]["figures"]["reward_final"]["mean"] == pytest.approx(reward)
+    processed = summary["equal_costs"]["processed"]
+    assert processed["amount"] == min(summary["runs"]["careful"]["spent"]["processed"]["seeds"])  # wild ended before
+    assert processed["runs"]["wild"]["reward"]["mean"] == pytest.approx(reward)
+    assert summary["equal_costs"]["generated"] == {"amount": None, "runs": {}}
     written = (folder / "comparison.md").read_text()
     assert "Diverged, and counted as they were after their last step: wild (seed 1, 2)." in written
     assert "| 1 | 1e+30 | – | – | diverged, chosen |" in written

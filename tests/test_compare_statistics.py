@@ -23,6 +23,7 @@ from es_engine.compare.statistics import (
     mean_interval,
     median_cost,
     share_interval,
+    value_at,
 )
 
 Array = npt.NDArray[np.float64]
@@ -153,6 +154,24 @@ def test_area_is_the_mean_height_over_the_budget() -> None:
     assert area([0.0, 10.0, 20.0, 20.0], np.array([0.0, 0.4, 0.4, 0.8]), 40) == pytest.approx(0.55)
     several = area(costs, np.array([[0.0, 0.5], [1.0, 0.5], [1.0, 0.5]]), 30)
     assert several == pytest.approx([25 / 30, 0.5])
+
+
+def test_a_value_at_a_cost_lies_on_the_line_between_evaluations() -> None:
+    costs, values = [0.0, 10.0, 30.0], np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])
+    assert value_at(costs, values, 5).tolist() == [0.5, 1]
+    assert value_at(costs, values, 10).tolist() == [1, 1]
+    assert value_at(costs, values, 20).tolist() == [0.75, 0.5]
+    assert value_at(costs, values, 30).tolist() == [0.5, 0]
+    assert value_at(costs, values, 99).tolist() == [0.5, 0]
+    assert value_at([0.0, 0.0], values[:2], 1).tolist() == [1, 1]  # spends nothing
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_an_area_up_to_an_evaluation_is_that_of_the_curve_before_it(part: float) -> None:
+    costs, values = [0.0, 10.0, 30.0], np.array([0.2, 0.6, 0.1])
+    cost = 10 + 20 * part
+    cut = np.array([0.2, 0.6, float(value_at(costs, values, cost))])
+    assert area(costs, values, cost) == pytest.approx(area([0.0, 10.0, cost], cut, cost))
 
 
 def test_cost_to_reach_is_that_of_the_first_crossing() -> None:

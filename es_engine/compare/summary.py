@@ -27,6 +27,7 @@ from es_engine.compare.statistics import (
     mean_interval,
     median_cost,
     share_interval,
+    value_at,
 )
 from es_engine.config import ComparisonConfig
 from es_engine.costs import Measure
@@ -71,6 +72,7 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         "samples": comparison.samples.model_dump(),
         "runs": {run: _run_data(comparison, run, outcomes[run], tables[run]) for run in comparison.runs},
         "pairs": [pair for figure in PAIRED for pair in _pairs(tables, figure)],
+        "equal_costs": {each: _equal_cost(outcomes, each) for each in get_args(Measure) if each != measure},
         "grids": _grids(comparison, folder, choices),
     }
 
@@ -102,12 +104,8 @@ def _kind_of_interval(figure: str) -> Callable[[Array], Interval]:
 
 def _score_tables(outcomes: Sequence[Outcome], measure: str, budget: float) -> dict[str, Array]:
     """The figures that every seed and problem has a part in, by name, (S, P)."""
-    curves: dict[str, list[Array]] = {"reward": [each.rewards for each in outcomes]}
-    accuracy = [each.accuracy for each in outcomes if each.accuracy is not None]
-    if len(accuracy) == len(outcomes):
-        curves = {"accuracy": accuracy, **curves}
     tables: dict[str, Array] = {}
-    for name, those in curves.items():
+    for name, those in _score_curves(outcomes).items():
         tables[f"{name}_before"] = np.stack([curve[0] for curve in those])
         tables[f"{name}_final"] = np.stack([curve[-1] for curve in those])
         tables[f"{name}_best"] = np.stack([curve[each.best] for each, curve in zip(outcomes, those, strict=True)])
@@ -115,6 +113,13 @@ def _score_tables(outcomes: Sequence[Outcome], measure: str, budget: float) -> d
             [area(_costs(each, measure), curve, budget) for each, curve in zip(outcomes, those, strict=True)]
         )
     return tables | _pass_tables(outcomes)
+
+
+def _score_curves(outcomes: Sequence[Outcome]) -> dict[str, list[Array]]:
+    """Of each score that all outcomes have, their curves (E, P)."""
+    curves = {"reward": [each.rewards for each in outcomes]}
+    accuracy = [each.accuracy for each in outcomes if each.accuracy is not None]
+    return {"accuracy": accuracy, **curves} if len(accuracy) == len(outcomes) else curves
 
 
 def _pass_tables(outcomes: Sequence[Outcome]) -> dict[str, Array]:
@@ -212,6 +217,26 @@ def _curve(outcome: Outcome) -> Data:
     costs = {measure: _costs(outcome, measure) for measure in MEASURES}
     accuracy = None if outcome.accuracy is None else outcome.accuracy.mean(axis=1).tolist()
     return {**costs, "reward": outcome.rewards.mean(axis=1).tolist(), "accuracy": accuracy}
+
+
+def _equal_cost(outcomes: Mapping[str, Sequence[Outcome]], measure: str) -> Data:
+    """The held-out scores of all runs that spend of a measure, when each has spent as much of it as the one that spent
+    least. A seed that diverged is not that one: it ended early, and its curve goes on level, as for its area."""
+    ends = {run: [_costs(each, measure)[-1] for each in those if not each.diverged] for run, those in outcomes.items()}
+    amount = min((end for those in ends.values() for end in those if end > 0), default=None)
+    spending = [run for run, those in outcomes.items() if any(_costs(each, measure)[-1] > 0 for each in those)]
+    runs = {} if amount is None else {run: _scores_at(outcomes[run], measure, amount) for run in spending}
+    return {"amount": amount, "runs": runs}
+
+
+def _scores_at(outcomes: Sequence[Outcome], measure: str, cost: float) -> Data:
+    tables = {
+        score: np.stack(
+            [value_at(_costs(each, measure), curve, cost) for each, curve in zip(outcomes, curves, strict=True)]
+        )
+        for score, curves in _score_curves(outcomes).items()
+    }
+    return {score: _interval(table, _kind_of_interval(score)) for score, table in tables.items()}
 
 
 def _pairs(tables: Mapping[str, Mapping[str, Array]], figure: str) -> list[Data]:

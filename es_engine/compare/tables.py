@@ -35,6 +35,7 @@ def details(summary: Data) -> list[Table]:
     return _with_rows(
         _samples(summary),
         _spent(summary),
+        _equal_costs(summary),
         _thresholds(summary),
         _distance(summary),
         _rollouts(summary),
@@ -117,6 +118,22 @@ def _spent(summary: Data) -> Table:
         for run, data in summary["runs"].items()
     ]
     return Table("What the runs spent", text, ["run", *NAMES.values(), "wall time"], rows)
+
+
+def _equal_costs(summary: Data) -> Table:
+    score = "accuracy" if _has(summary, "accuracy_final") else "reward"
+    text = (
+        f"Held-out {score} of the same runs when each had spent as much of another kind as the run that spent least of "
+        "it, on straight lines between evaluations, with 95% intervals over seeds and problems."
+    )
+    if summary["tuning"]:
+        text += f" Settings were picked for {_limits(summary)}, and not for these amounts."
+    shown = {measure: each for measure, each in summary["equal_costs"].items() if each["runs"]}
+    rows: list[list[Cell]] = [
+        [run, *(_estimate(each["runs"].get(run, {}).get(score)) for each in shown.values())] for run in summary["runs"]
+    ]
+    columns = [f"{number(each['amount'])} {NAMES[measure]}" for measure, each in shown.items()]
+    return Table("At equal cost of other kinds", text, ["run", *columns], rows if shown else [])
 
 
 def _limits(summary: Data) -> str:
