@@ -178,6 +178,16 @@ def test_grids_show_the_winner(summary: dict[str, Any]) -> None:
     assert [trial["setting"] for trial in summary["grids"]["grpo"]] == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 1e-3}]
 
 
+def test_a_grid_says_how_many_different_problems_its_winner_was_picked_on(tmp_path: Path) -> None:
+    """Two of its eight validation problems come again and were asked once."""
+    comparison = comparison_of()
+    while trials := pending(comparison, tmp_path):
+        for trial in trials:
+            finish(trial, tmp_path, curve(trial)[:, 2 if trial.purpose == "tuning" else 0 :])
+    texts = [table.text for table in tables(summarise(comparison, tmp_path)) if table.heading.startswith("Grid")]
+    assert ["on 6 validation problems" in text for text in texts] == [True, True]
+
+
 def test_files_are_the_same_for_the_same_folders(summary: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     write_results(summary, tmp_path / "one")
     write_results(json.loads(json.dumps(summarise(comparison_of(**OTHER), folder))), tmp_path / "other")

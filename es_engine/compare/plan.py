@@ -74,10 +74,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What a trial of a grid reached on the validation split at the end of training; None where there is no score, as
-    of one that diverged."""
+    """What a trial of a grid reached on the validation split, of so many different problems, at the end of training;
+    None where there is no score, as of one that diverged."""
 
     trial: Trial
+    problems: int | None
     reward: float | None
     accuracy: float | None
     diverged: bool = False
@@ -141,13 +142,14 @@ def tuning_results(comparison: ComparisonConfig, folder: Path) -> dict[str, list
 
 def _result(trial: Trial, folder: Path) -> TrialResult:
     if trial.diverged(folder):
-        return TrialResult(trial, None, None, diverged=True)
+        return TrialResult(trial, None, None, None, diverged=True)
     run = RunFolder(folder / trial.folder)
     evaluations = run.open_evaluations().lines
     rewards, accuracy = held_out_scores(run, evaluations)
     scored = any(line["reward"] is not None for line in evaluations)
     return TrialResult(
         trial,
+        rewards.shape[1],
         float(rewards[-1].mean()) if scored else None,
         None if accuracy is None else float(accuracy[-1].mean()),
     )

@@ -260,6 +260,7 @@ def _grids(comparison: ComparisonConfig, folder: Path, choices: Mapping[str, Cho
             {
                 "trial": result.trial.number,
                 "setting": result.trial.setting,
+                "problems": result.problems,
                 "reward": result.reward,
                 "accuracy": result.accuracy,
                 "diverged": result.diverged,

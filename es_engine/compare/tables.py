@@ -224,10 +224,10 @@ def _grids(summary: Data) -> list[Table]:
     made = []
     for run, trials in summary["grids"].items():
         tuning = summary["tuning"]
+        problems = next((trial["problems"] for trial in trials if not trial["diverged"]), tuning["problems"])
         text = (
             f"Each setting was trained with seed {tuning['seed']} to the same budget. The one with the best final "
-            f"reward on {tuning['problems']} validation problems, none of which is a test problem, went to the final "
-            "runs."
+            f"reward on {problems} validation problems, none of which is a test problem, went to the final runs."
         )
         settings = list(trials[0]["setting"])
         rows: list[list[Cell]] = [
