@@ -368,13 +368,14 @@ def test_submit_does_not_wait(scorer: Scorer) -> None:
 
 
 def test_throughput() -> None:
-    """A floor far below what one process does (about 20,000 a second), for busy machines."""
+    """What 5,000 rollouts cost the process that asks, in seconds of its own, which do not pass while others are busy:
+    a quarter of the bound on a slow machine."""
     with Scorer(VerifierSpec(f"{VERIFIERS}:text_length")) as scorer:
-        started = time.monotonic()
+        started = time.process_time()
         for key in range(5000):
             scorer.submit(key, rollout(""))
         scorer.drain()
-        assert time.monotonic() - started < 2.5
+        assert time.process_time() - started < 1.25
 
 
 def test_nothing_is_left_after_close() -> None:
