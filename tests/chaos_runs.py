@@ -15,8 +15,8 @@ from es_engine.trainer import train
 
 GENERATIONS = 6
 CHUNKS = 8
-PATIENCE_S = 180.0
-"""For the first generation, on a machine that may be busy."""
+PATIENCE_S = 300.0
+"""For the first generations: of a start, engine and all, beside others on two slow cores."""
 
 
 def config_of(model: Path, workers: Any, *, rank: int = 4, step_ms: float = 5.0, **pool_fields: Any) -> Config:

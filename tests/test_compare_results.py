@@ -131,10 +131,10 @@ def test_what_it_cost_to_reach_an_accuracy(summary: dict[str, Any]) -> None:
     assert set(nearly_all["costs"].values()) == {None}
 
 
-def test_scores_are_told_at_equal_cost_of_other_kinds(tmp_path: Path) -> None:
+def test_scores_are_told_at_equal_cost_of_each_kind(tmp_path: Path) -> None:
     """ES spends twice of GRPO's FLOPs in its four steps, so that half-way it had spent what GRPO had in the end; SFT
     generates nothing, and spends the fewest seconds."""
-    each = {
+    costs = {
         "es": Costs(1000, 5000, 2 * 10**9, 2.0),
         "grpo": Costs(1000, 5000, 10**9, 2.0),
         "sft": Costs(0, 5000, 10**9, 0.5),
@@ -145,11 +145,13 @@ def test_scores_are_told_at_equal_cost_of_other_kinds(tmp_path: Path) -> None:
     )
     for trial in pending(comparison, tmp_path):
         scores = curve(trial)
-        finish(trial, tmp_path, scores, scores * 2 - 1, costs=each[trial.run])
+        finish(trial, tmp_path, scores, scores * 2 - 1, costs=costs[trial.run])
     found = summarise(comparison, tmp_path)
     amounts = {measure: each["amount"] for measure, each in found["equal_costs"].items()}
-    assert amounts == {"generated": 4000, "flops": 4e9, "worker_seconds": 2}
-    generated, flops, seconds = found["equal_costs"].values()
+    assert amounts == {"generated": 4000, "processed": 20_000, "flops": 4e9, "worker_seconds": 2}
+    generated, processed, flops, seconds = found["equal_costs"].values()
+    for run, data in found["runs"].items():
+        assert processed["runs"][run]["accuracy"] == data["figures"]["accuracy_final"]
     assert list(generated["runs"]) == ["es", "grpo"]
     assert generated["runs"]["es"]["accuracy"]["seeds"] == [13 / 16, 14 / 16, 15 / 16]
     half_way = np.stack([curve(trial)[1] for trial in _finals(tmp_path, "es")])
@@ -161,8 +163,14 @@ def test_scores_are_told_at_equal_cost_of_other_kinds(tmp_path: Path) -> None:
     assert flops["runs"]["es"]["reward"]["mean"] == pytest.approx(2 * 10 / 16 - 1)
     assert flops["runs"]["grpo"]["accuracy"]["mean"] == pytest.approx(10 / 16)
     assert seconds["runs"]["grpo"]["accuracy"]["mean"] == pytest.approx((4 + 6) / 2 / 16)  # half-way to its step 2
-    (table,) = (table for table in tables(found) if table.heading == "At equal cost of other kinds")
-    assert table.columns == ["run", "4,000 generated tokens", "4G estimated FLOPs", "2 worker seconds"]
+    (table,) = (table for table in tables(found) if table.heading == "At equal cost")
+    assert table.columns == [
+        "run",
+        "4,000 generated tokens",
+        "20,000 processed tokens",
+        "4G estimated FLOPs",
+        "2 worker seconds",
+    ]
     assert table.rows[2][1] == "–"
     assert "Settings" not in table.text  # none was picked
 
@@ -211,7 +219,7 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
         "Differences",
         "Sampled answers",
         "What the runs spent",
-        "At equal cost of other kinds",
+        "At equal cost",
         "Cost to reach an accuracy",
         "Distance from the base model",
         "Training rollouts",
@@ -223,7 +231,7 @@ def test_tables_say_what_was_shared_and_what_was_spent(summary: dict[str, Any]) 
     spent = made["What the runs spent"]
     assert "ends after the step that reaches 4,000 generated tokens" in spent.text
     assert spent.rows[0] == ["es", 4000, 20_000, 4e9, 8, 4, "0:00:08"]
-    assert "Settings were picked for 4,000 generated tokens" in made["At equal cost of other kinds"].text
+    assert "Settings were picked for where the runs end" in made["At equal cost"].text
     assert made["Grid: es"].rows[0] == [1, "3.0", 0.5, 0.75, "chosen"]
     assert made["Cost to reach an accuracy"].rows[1][2:4] == ["0 of 3", None]
 
@@ -277,7 +285,10 @@ def test_runs_without_verdicts_are_compared_by_rewards_of_which_a_missing_one_is
     assert figures["reward_final"]["mean"] == pytest.approx((0.1 + 0.1 + 0.1 + 0.4) / 4)
     assert [(pair["figure"], pair["difference"], pair["p"]) for pair in found["pairs"]] == [("reward_final", 0, 1)]
     assert found["runs"]["es"]["thresholds"][0]["costs"]["steps"] is None
-    assert tables(found)[0].heading == "Held-out reward"
+    made = {table.heading: table for table in tables(found)}
+    assert next(iter(made)) == "Held-out reward"
+    assert made["At equal cost"].text.startswith("Held-out reward")
+    assert made["At equal cost"].rows[0][1].startswith("0.175")
 
 
 @pytest.mark.parametrize(

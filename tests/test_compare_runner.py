@@ -107,7 +107,7 @@ def undisturbed(chosen: ComparisonConfig, tmp_path_factory: pytest.TempPathFacto
 
 
 def comparable(data: Any) -> Any:
-    """Everything but seconds."""
+    """Everything but seconds, and scores at equal seconds."""
     if isinstance(data, dict):
         return {key: comparable(value) for key, value in data.items() if key not in SPENT}
     return [comparable(value) for value in data] if isinstance(data, list) else data

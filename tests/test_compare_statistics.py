@@ -159,19 +159,17 @@ def test_area_is_the_mean_height_over_the_budget() -> None:
 def test_a_value_at_a_cost_lies_on_the_line_between_evaluations() -> None:
     costs, values = [0.0, 10.0, 30.0], np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])
     assert value_at(costs, values, 5).tolist() == [0.5, 1]
-    assert value_at(costs, values, 10).tolist() == [1, 1]
     assert value_at(costs, values, 20).tolist() == [0.75, 0.5]
-    assert value_at(costs, values, 30).tolist() == [0.5, 0]
-    assert value_at(costs, values, 99).tolist() == [0.5, 0]
-    assert value_at([0.0, 0.0], values[:2], 1).tolist() == [1, 1]  # spends nothing
+    for cost in (0, 5, 10, 12, 29, 30, 99):
+        expected = [np.interp(cost, costs, values[:, column]) for column in (0, 1)]
+        assert value_at(costs, values, cost) == pytest.approx(expected)
 
 
-@given(st.floats(0, 1, exclude_min=True))
-def test_an_area_up_to_an_evaluation_is_that_of_the_curve_before_it(part: float) -> None:
-    costs, values = [0.0, 10.0, 30.0], np.array([0.2, 0.6, 0.1])
-    cost = 10 + 20 * part
-    cut = np.array([0.2, 0.6, float(value_at(costs, values, cost))])
-    assert area(costs, values, cost) == pytest.approx(area([0.0, 10.0, cost], cut, cost))
+def test_a_value_where_costs_stand_still_is_that_of_the_last_evaluation() -> None:
+    assert value_at([0.0, 0.0], np.array([0.2, 0.6]), 1) == 0.6
+    assert value_at([0.0, 10.0, 10.0], np.array([0.2, 0.4, 0.8]), 10) == 0.8
+    assert value_at([0.0, 10.0, 10.0, 20.0], np.array([0.2, 0.4, 0.8, 0.6]), 10) == 0.8
+    assert value_at([0.0, 10.0, 10.0, 20.0], np.array([0.2, 0.4, 0.8, 0.6]), 15) == pytest.approx(0.7)
 
 
 def test_cost_to_reach_is_that_of_the_first_crossing() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from chaos_runs import PATIENCE_S
 from command_line import refusal
 
 from es_engine.ledger import Ledger, first_difference
@@ -40,8 +41,6 @@ def digits(rollout):
 """
 
 GENERATIONS = 4
-START_S = 300.0
-"""For the first generations: of a start, engine and all, beside others on two slow cores."""
 ES_ENGINE = Path(sys.executable).with_name("es-engine")
 
 
@@ -166,7 +165,7 @@ def test_a_killed_driver_resumes_to_the_same_ledger(undisturbed: Path, config: P
 
 
 def wait_for_lines(path: Path, lines: int, driver: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + PATIENCE_S
     while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
         assert driver.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline

@@ -74,8 +74,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What a trial of a grid reached on the validation split, of so many different problems, at the end of training;
-    None where there is no score, as of one that diverged."""
+    """What a trial of a grid reached on the validation split, of so many different problems, at the end of training.
+    One that diverged was asked none; scores are None where there is none."""
 
     trial: Trial
     problems: int | None

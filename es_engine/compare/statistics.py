@@ -166,22 +166,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def value_at(costs: Sequence[float], values: Array, cost: float) -> Array:
-    """The height at a cost above 0 of lines through values (E, ...) at costs that do not fall, the first 0. Past the
-    last point they go on level."""
-    inside = int(np.searchsorted(costs, cost))  # points before the cost
-    if inside == len(costs):
+    """The height at a cost of lines through values (E, ...) at costs that do not fall, the first 0; where they stand
+    still, that of the last. Past the last point the lines go on level."""
+    after = int(np.searchsorted(costs, cost, side="right"))
+    if after == len(costs):
         return np.asarray(values[-1])
-    before, after = costs[inside - 1], costs[inside]
-    height: Array = values[inside - 1] + (cost - before) / (after - before) * (values[inside] - values[inside - 1])
+    part = (cost - costs[after - 1]) / (costs[after] - costs[after - 1])
+    height: Array = values[after - 1] + part * (values[after] - values[after - 1])
     return height
 
 
 def area(costs: Sequence[float], values: Array, budget: float) -> Array:
-    """The mean height, over a budget, of curves through values (E, ...) as `value_at` draws them: the area of
-    trapezoids over [0, budget] by the budget."""
+    """The mean height, over a budget, of curves through values (E, ...) at costs that do not fall, the first 0: the
+    area of trapezoids over [0, budget] by the budget. Past the last point a curve goes on level."""
     inside = int(np.searchsorted(costs, budget))  # points before the budget's end
-    heights = np.concatenate([values[:inside], value_at(costs, values, budget)[None]])
-    areas: Array = np.trapezoid(heights, [*costs[:inside], budget], axis=0)
+    end = values[-1]
+    if inside < len(costs):
+        before, after = costs[inside - 1], costs[inside]
+        end = values[inside - 1] + (budget - before) / (after - before) * (values[inside] - values[inside - 1])
+    areas: Array = np.trapezoid(np.concatenate([values[:inside], end[None]]), [*costs[:inside], budget], axis=0)
     return areas / budget
 
 

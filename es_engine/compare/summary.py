@@ -17,7 +17,7 @@ import numpy.typing as npt
 from es_engine.compare.held_out import filled
 from es_engine.compare.measures import Scores
 from es_engine.compare.outcome import Outcome, read_outcome
-from es_engine.compare.plan import Choice, choose, final_trials, tuning_results
+from es_engine.compare.plan import Choice, TrialResult, choose, final_trials, tuning_results
 from es_engine.compare.statistics import (
     Interval,
     area,
@@ -56,6 +56,7 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
     Raises ValueError, naming a run that is not finished.
     """
     choices = choose(comparison, folder)
+    trials = tuning_results(comparison, folder)
     outcomes: dict[str, list[Outcome]] = {run: [] for run in comparison.runs}
     for trial in final_trials(comparison, choices):
         outcomes[trial.run].append(read_outcome(trial, folder))
@@ -68,12 +69,12 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         "measure": measure,
         "seeds": list(comparison.seeds),
         "problems": next(iter(tables.values()))["reward_final"].shape[1],
-        "tuning": comparison.tuning.model_dump() if comparison.tunes else None,
+        "tuning": _tuning(comparison, trials) if comparison.tunes else None,
         "samples": comparison.samples.model_dump(),
         "runs": {run: _run_data(comparison, run, outcomes[run], tables[run]) for run in comparison.runs},
         "pairs": [pair for figure in PAIRED for pair in _pairs(tables, figure)],
-        "equal_costs": {each: _equal_cost(outcomes, each) for each in get_args(Measure) if each != measure},
-        "grids": _grids(comparison, folder, choices),
+        "equal_costs": {each: _equal_cost(outcomes, each) for each in get_args(Measure)},
+        "grids": _grids(trials, choices),
     }
 
 
@@ -220,13 +221,14 @@ def _curve(outcome: Outcome) -> Data:
 
 
 def _equal_cost(outcomes: Mapping[str, Sequence[Outcome]], measure: str) -> Data:
-    """The held-out scores of all runs that spend of a measure, when each has spent as much of it as the one that spent
-    least. A seed that diverged is not that one: it ended early, and its curve goes on level, as for its area."""
+    """The held-out scores of all runs that spend of a measure, when each has spent as much of it as the seed that spent
+    least. One that diverged is not that seed: it ended early, and its curve goes on level, as for its area."""
     ends = {run: [_costs(each, measure)[-1] for each in those if not each.diverged] for run, those in outcomes.items()}
     amount = min((end for those in ends.values() for end in those if end > 0), default=None)
-    spending = [run for run, those in outcomes.items() if any(_costs(each, measure)[-1] > 0 for each in those)]
-    runs = {} if amount is None else {run: _scores_at(outcomes[run], measure, amount) for run in spending}
-    return {"amount": amount, "runs": runs}
+    if amount is None:
+        return {"amount": None, "runs": {}}
+    spending = [run for run, those in ends.items() if not those or max(those) > 0]
+    return {"amount": amount, "runs": {run: _scores_at(outcomes[run], measure, amount) for run in spending}}
 
 
 def _scores_at(outcomes: Sequence[Outcome], measure: str, cost: float) -> Data:
@@ -253,14 +255,19 @@ def _pairs(tables: Mapping[str, Mapping[str, Array]], figure: str) -> list[Data]
     return [{**pair, "p_holm": p} for pair, p in zip(found, adjusted, strict=True)]
 
 
-def _grids(comparison: ComparisonConfig, folder: Path, choices: Mapping[str, Choice]) -> Data:
+def _tuning(comparison: ComparisonConfig, trials: Mapping[str, Sequence[TrialResult]]) -> Data:
+    """How the winners of the grids were picked; `problems` are different ones, each of which was asked once."""
+    asked = (result.problems for results in trials.values() for result in results if result.problems is not None)
+    return comparison.tuning.model_dump() | {"problems": next(asked, comparison.tuning.problems)}
+
+
+def _grids(trials: Mapping[str, Sequence[TrialResult]], choices: Mapping[str, Choice]) -> Data:
     """What each trial of each grid reached on the validation split, and which one won."""
     return {
         run: [
             {
                 "trial": result.trial.number,
                 "setting": result.trial.setting,
-                "problems": result.problems,
                 "reward": result.reward,
                 "accuracy": result.accuracy,
                 "diverged": result.diverged,
@@ -268,5 +275,5 @@ def _grids(comparison: ComparisonConfig, folder: Path, choices: Mapping[str, Cho
             }
             for result in results
         ]
-        for run, results in tuning_results(comparison, folder).items()
+        for run, results in trials.items()
     }

@@ -123,17 +123,18 @@ def _spent(summary: Data) -> Table:
 def _equal_costs(summary: Data) -> Table:
     score = "accuracy" if _has(summary, "accuracy_final") else "reward"
     text = (
-        f"Held-out {score} of the same runs when each had spent as much of another kind as the run that spent least of "
-        "it, on straight lines between evaluations, with 95% intervals over seeds and problems."
+        f"Held-out {score} of each run when it had spent as much as the seed that spent least, for each kind of cost, "
+        "on straight lines between evaluations, with 95% intervals over seeds and problems. Runs that spend none of a "
+        f"kind have no figure there.{_diverged(summary)}"
     )
     if summary["tuning"]:
-        text += f" Settings were picked for {_limits(summary)}, and not for these amounts."
-    shown = {measure: each for measure, each in summary["equal_costs"].items() if each["runs"]}
+        text += " Settings were picked for where the runs end, and not for these amounts."
+    shown = {measure: each for measure, each in summary["equal_costs"].items() if len(each["runs"]) > 1}
     rows: list[list[Cell]] = [
         [run, *(_estimate(each["runs"].get(run, {}).get(score)) for each in shown.values())] for run in summary["runs"]
     ]
     columns = [f"{number(each['amount'])} {NAMES[measure]}" for measure, each in shown.items()]
-    return Table("At equal cost of other kinds", text, ["run", *columns], rows if shown else [])
+    return Table("At equal cost", text, ["run", *columns], rows if shown else [])
 
 
 def _limits(summary: Data) -> str:
@@ -224,10 +225,10 @@ def _grids(summary: Data) -> list[Table]:
     made = []
     for run, trials in summary["grids"].items():
         tuning = summary["tuning"]
-        problems = next((trial["problems"] for trial in trials if not trial["diverged"]), tuning["problems"])
         text = (
             f"Each setting was trained with seed {tuning['seed']} to the same budget. The one with the best final "
-            f"reward on {problems} validation problems, none of which is a test problem, went to the final runs."
+            f"reward on {tuning['problems']} validation problems, none of which is a test problem, went to the final "
+            "runs."
         )
         settings = list(trials[0]["setting"])
         rows: list[list[Cell]] = [
