@@ -32,6 +32,7 @@ from es_engine.compare.tables import Table, number, tables
 from es_engine.compare.writers import as_markdown, print_tables, write_results
 from es_engine.config import ComparisonConfig
 from es_engine.costs import Costs
+from es_engine.run_folder import RunFolder
 
 Array = npt.NDArray[np.float64]
 OTHER = {"other_tasks": {"three": {"kind": "countdown", "numbers": [3]}}, "thresholds": [0.5, 0.99]}
@@ -173,6 +174,26 @@ def test_scores_are_told_at_equal_cost_of_each_kind(tmp_path: Path) -> None:
     ]
     assert table.rows[2][1] == "–"
     assert "Settings" not in table.text  # none was picked
+
+
+def test_at_equal_cost_a_run_that_diverged_is_left_out_only_if_it_spends_none(tmp_path: Path) -> None:
+    """All seeds of GRPO diverged within their first step, all of SFT, which generates nothing, after two."""
+    comparison = comparison_of(
+        runs={"es": {}, "grpo": {"method": {"kind": "grpo"}}, "sft": {"method": {"kind": "sft"}}},
+        budget={"processed_tokens": 20_000},
+    )
+    for trial in pending(comparison, tmp_path):
+        whole = curve(trial)
+        evaluations = {"es": 3, "grpo": 1, "sft": 2}[trial.run]
+        finish(trial, tmp_path, whole[:evaluations], costs=Costs(0, 500, 10**9, 2.0) if trial.run == "sft" else None)
+        if trial.run != "es":
+            RunFolder(tmp_path / trial.folder).diverged_file.write_text("{}")
+    found = summarise(comparison, tmp_path)
+    generated, processed = (found["equal_costs"][measure] for measure in ("generated", "processed"))
+    assert (generated["amount"], list(generated["runs"])) == (4000, ["es", "grpo"])
+    assert (processed["amount"], list(processed["runs"])) == (20_000, ["es", "grpo", "sft"])
+    for run in ("grpo", "sft"):
+        assert processed["runs"][run]["accuracy"] == found["runs"][run]["figures"]["accuracy_final"]
 
 
 def test_ability_at_another_task_is_measured_before_and_after(summary: dict[str, Any]) -> None:

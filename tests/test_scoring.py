@@ -368,15 +368,17 @@ def test_submit_does_not_wait(scorer: Scorer) -> None:
 
 
 def test_throughput() -> None:
-    """What 5,000 rollouts cost the process that asks, in seconds of its own, which do not pass while others are busy:
-    a quarter of the bound on a slow machine. By the clock it waits for the other process, but not for each of them."""
-    with Scorer(VerifierSpec(f"{VERIFIERS}:text_length")) as scorer:
-        started, since = time.process_time(), time.monotonic()
+    """A floor far below what one process does (about 20,000 a second), for busy machines: the best of three rounds."""
+
+    def seconds() -> float:
+        started = time.monotonic()
         for key in range(5000):
             scorer.submit(key, rollout(""))
         scorer.drain()
-        assert time.process_time() - started < 1.25
-        assert time.monotonic() - since < 10
+        return time.monotonic() - started
+
+    with Scorer(VerifierSpec(f"{VERIFIERS}:text_length")) as scorer:
+        assert min(seconds() for _ in range(3)) < 2.5
 
 
 def test_nothing_is_left_after_close() -> None:

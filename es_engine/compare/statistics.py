@@ -180,10 +180,7 @@ def area(costs: Sequence[float], values: Array, budget: float) -> Array:
     """The mean height, over a budget, of curves through values (E, ...) at costs that do not fall, the first 0: the
     area of trapezoids over [0, budget] by the budget. Past the last point a curve goes on level."""
     inside = int(np.searchsorted(costs, budget))  # points before the budget's end
-    end = values[-1]
-    if inside < len(costs):
-        before, after = costs[inside - 1], costs[inside]
-        end = values[inside - 1] + (budget - before) / (after - before) * (values[inside] - values[inside - 1])
+    end = value_at(costs[: inside + 1], values[: inside + 1], budget)
     areas: Array = np.trapezoid(np.concatenate([values[:inside], end[None]]), [*costs[:inside], budget], axis=0)
     return areas / budget
 

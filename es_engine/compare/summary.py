@@ -227,8 +227,13 @@ def _equal_cost(outcomes: Mapping[str, Sequence[Outcome]], measure: str) -> Data
     amount = min((end for those in ends.values() for end in those if end > 0), default=None)
     if amount is None:
         return {"amount": None, "runs": {}}
-    spending = [run for run, those in ends.items() if not those or max(those) > 0]
-    return {"amount": amount, "runs": {run: _scores_at(outcomes[run], measure, amount) for run in spending}}
+    spending = {run: those for run, those in outcomes.items() if _spends(those, measure)}
+    return {"amount": amount, "runs": {run: _scores_at(those, measure, amount) for run, those in spending.items()}}
+
+
+def _spends(outcomes: Sequence[Outcome], measure: str) -> bool:
+    """Whether a run spends of a measure; one of which no seed got through a step is not known to spend none."""
+    return any(_costs(each, measure)[-1] > 0 for each in outcomes) or not any(each.steps[-1] for each in outcomes)
 
 
 def _scores_at(outcomes: Sequence[Outcome], measure: str, cost: float) -> Data:
