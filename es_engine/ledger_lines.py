@@ -108,6 +108,7 @@ class _Generation(_Line):
     components: Figures
     failures: Failures
     rollouts: Count
+    unscored: Count = 0
     tokens: Count
     truncated: Count
     looped: Count

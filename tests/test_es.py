@@ -202,7 +202,7 @@ def test_a_member_without_a_score_takes_its_mirror_image_with_it() -> None:
     np.testing.assert_allclose(found.direction, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     assert found.record["rewards"][4] == [None, None]
     assert None not in found.record["rewards"][5]
-    assert found.record["failures"] == {"mine": {"no score": 2}}
+    assert (found.record["unscored"], found.record["failures"]) == (2, {"mine": {"no score": 2}})
 
 
 @pytest.mark.parametrize("lost", [4, 5])
@@ -265,6 +265,7 @@ def test_the_record_tells_the_generation() -> None:
         "prompt_tokens": 6 * (1 + 2),
         "truncated": 2,
         "looped": 4,
+        "unscored": 0,
         "failures": {"mine": {"no score": 0}},
         "rescored": 0,
         "workers": [0, 0],

@@ -23,7 +23,7 @@ Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 Failures = Mapping[tuple[str, str], int]
-"""Rollouts by the verifier that left them without a score, and by kind of failure."""
+"""Rollouts by the verifier, or part of a sum, that gave them no score, and by kind of failure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Scorer:
     address space; `start_timeout` is in seconds, for loading the verifier; a child is replaced after `recycle`
     rollouts. There are up to twice as many children as `processes` while some of them have probably hung.
 
-    `failures` counts rollouts by the verifier, or the part of a sum, that left them without a score, and by kind:
+    `failures` counts rollouts by the verifier, or the part of a sum, that gave them no score, and by kind:
     timeout, exception, invalid value, died, out of memory, or no score where it gave none. `rescored` counts rollouts
     that were given to another child because one died at them.
 

@@ -82,10 +82,8 @@ def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
 
 
 def _failed(lines: Sequence[Line]) -> float | None:
-    """A part of a sum that fails counts as its rollout does, so that a rollout may count more than once."""
     rollouts = sum(line["rollouts"] for line in lines)
-    failures = sum(sum(kinds.values()) for line in lines for kinds in line["failures"].values())
-    return min(1.0, failures / rollouts) if rollouts else None
+    return sum(line.get("unscored", 0) for line in lines) / rollouts if rollouts else None
 
 
 def _constant(lines: Sequence[Line]) -> float | None:

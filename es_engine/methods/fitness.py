@@ -177,7 +177,7 @@ class ReferenceFitness:
         fitness = _rewards(results) / np.mean(lengths) if lengths else _rewards(results)
         likelihood = mean(fitness.ravel())
         learning = {"nll": None if likelihood is None else -likelihood}
-        record = {"reward_mean": None, "fitness": _rows(fitness), "learning": learning, "rollouts": 0}
+        record = {"reward_mean": None, "fitness": _rows(fitness), "learning": learning, "rollouts": 0, "unscored": 0}
         return Measured(fitness, results, figures(results) | record, total_costs(results))
 
 

@@ -101,6 +101,7 @@ def figures(results: Sequence[ChunkResult]) -> dict[str, Any]:
         "prompt_tokens": sum(result.prompt_tokens for result in results),
         "truncated": sum(result.truncated for result in results),
         "looped": sum(result.looped for result in results),
+        "unscored": int(sum(np.isnan(result.rewards).sum() for result in results)),
         "failures": failures_by_verifier(results),
         "rescored": sum(result.rescored for result in results),
         "times": _phase_times(results),
@@ -124,7 +125,8 @@ def mean_of_samples(values: Array) -> Array:
 
 
 def failures_by_verifier(results: Sequence[ChunkResult]) -> dict[str, dict[str, int]]:
-    """The rollouts without a score, by verifier or part of a sum, then by kind."""
+    """Scores that a verifier, or a part of a sum, did not give, by its name, then by kind. A rollout of which only part
+    has none has a score all the same."""
     return by_verifier(_failures(results))
 
 

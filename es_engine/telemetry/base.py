@@ -39,7 +39,7 @@ class GenerationLine(TypedDict):
     delta_norm_ratio: float  # the same as a fraction of the norm of the matrices
     constant_members: int | None  # members whose rewards were all equal
     learning: Mapping[str, float | None]  # the figures of a gradient method by its own names
-    failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
+    failures: Mapping[str, Mapping[str, int]]  # scores that were not given, by verifier, then by kind
     rescored: int  # rollouts given to a verifier again because its process died
     worker_restarts: int  # since this process began with the run
     eta_seconds: float | None
@@ -61,7 +61,7 @@ class EvaluationLine(TypedDict):
     prompt_tokens: int
     seconds: float
     times: Mapping[str, float]  # seconds of work by its kind, added over workers
-    failures: Mapping[str, Mapping[str, int]]  # rollouts without a score, by verifier, then by kind
+    failures: Mapping[str, Mapping[str, int]]  # scores that were not given, by verifier, then by kind
     rescored: int  # rollouts given to a verifier again because its process died
 
 

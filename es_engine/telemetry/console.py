@@ -124,7 +124,7 @@ def _spent(line: Line) -> list[tuple[str, str]]:
 
 
 def _failures(line: Line) -> list[tuple[str, str]]:
-    """How many rollouts each verifier left without a score, by kind: `brief timeout 3`."""
+    """How many scores each verifier did not give, by kind: `brief timeout 3`."""
     return [
         (f"{verifier} {kind}", str(count))
         for verifier, kinds in sorted(line["failures"].items())
