@@ -83,6 +83,7 @@ def step_line(method: str, step: int, drawn: random.Random) -> dict[str, Any]:
         "prompt_tokens": 20 * rollouts,
         "truncated": rollouts // 8,
         "looped": 0,
+        "unscored": 1 if rollouts and step == 2 else 0,
         "failures": {"verifier": {"timeout": 1}} if rollouts and step == 2 else {},
         "times": {
             "generate": 0.6 * seconds,

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from es_engine import session
-from es_engine.config import SimulatedEngineConfig, parse_config
+from es_engine.config import Config, SimulatedEngineConfig, parse_config
 from es_engine.ledger import Ledger
+from es_engine.report import read_run
 from es_engine.trainer import train
 from workers.actor import Worker, WorkerSetup
 from workers.calls import Call
@@ -90,15 +91,12 @@ class InlinePool:
         self._worker.stop()
 
 
-def test_a_run_outlives_hostile_completions_and_counts_them(
-    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "Pool", InlinePool)
-    (tmp_path / "mine.py").write_text(VERIFIER)
-    config = parse_config(
+def config_with(verifier: Path, model: Path) -> Config:
+    """Of ES on a reward that is a sum of the task's own and of `mine` in the file of a verifier."""
+    return parse_config(
         {
             "name": "hostile",
-            "model": {"source": str(random_llama)},
+            "model": {"source": str(model)},
             "space": {"rank": 4},
             "method": {"population": 4, "sigma": 0.3, "prompts": 6},
             "optimizer": {"kind": "adam", "lr": 0.1},
@@ -108,18 +106,26 @@ def test_a_run_outlives_hostile_completions_and_counts_them(
                 "max_tokens": 16,
                 "deadline": 0.5,
                 "memory_gb": 1.0,
-                "reward": {"right": {}, "mine": {"verifier": f"{tmp_path / 'mine.py'}:mine"}},
+                "reward": {"right": {}, "mine": {"verifier": f"{verifier}:mine"}},
             },
             "engine": {"kind": "simulated", "chunk": 2, "answer_tokens": 10.0, "step_ms": 0.1},
             "budget": {"generations": 2},
             "evaluation": {"every": 2, "problems": 12, "chunk": 12},
         }
     )
-    folder = train(config, tmp_path / "run").path
+
+
+def test_a_run_outlives_hostile_completions_and_counts_them(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Pool", InlinePool)
+    (tmp_path / "mine.py").write_text(VERIFIER)
+    folder = train(config_with(tmp_path / "mine.py", random_llama), tmp_path / "run").path
     generations = Ledger(folder / "ledger.jsonl").generations
     assert [line["step"] for line in generations] == [0, 1]
     for line in generations:  # four members of six prompts: every completion twice
         assert line["failures"] == {"mine": {kind: 2 * count for kind, count in FAILURES.items()}}
+        assert line["unscored"] == 8
         for scored, unscored in zip(line["rewards"][::2], line["rewards"][1::2], strict=True):
             assert None not in scored
             assert [reward is None for reward in unscored] == [False, True, True, False, True, True]
@@ -128,3 +134,16 @@ def test_a_run_outlives_hostile_completions_and_counts_them(
         assert (evaluation["step"], evaluation["failures"]) == (step, {"mine": FAILURES})
         samples = (folder / "samples" / f"step-{step:06d}.jsonl").read_text().splitlines()
         assert [json.loads(line)["completion"] for line in samples] == COMPLETIONS
+
+
+def test_rollouts_of_which_a_part_has_no_score_are_not_unscored(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Pool", InlinePool)
+    (tmp_path / "mine.py").write_text("def mine(rollout):\n    return None\n")
+    folder = train(config_with(tmp_path / "mine.py", random_llama), tmp_path / "run").path
+    for line in Ledger(folder / "ledger.jsonl").generations:
+        assert (line["rollouts"], line["unscored"], line["failures"]) == (24, 0, {"mine": {"no score": 24}})
+    run = read_run(folder)
+    assert (run.unscored, run.failures) == (0, {"mine: no score": 48})
+    assert run.figures["unscored"].tolist() == [0, 0]

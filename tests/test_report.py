@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from report_runs import config_of, step_line, write_run
 from small_runs import resume_here, small_config, train_here
 from typer.testing import CliRunner
@@ -141,9 +143,9 @@ def test_members_are_compared_by_the_fitness_of_the_method_where_it_is_not_the_r
     assert step_figures(line)["population/median"] == -2
 
 
-def test_a_rollout_of_which_all_parts_failed_is_one_without_a_score() -> None:
-    line = step_line("es", 0, random.Random(0)) | {"failures": {"one": {"timeout": 32}, "other": {"timeout": 8}}}
-    assert step_figures(line)["unscored"] == 1
+def test_parts_that_gave_no_score_leave_no_rollout_without_one() -> None:
+    line = step_line("es", 0, random.Random(0)) | {"failures": {"one": {"no score": 32}, "other": {"timeout": 8}}}
+    assert step_figures(line | {"unscored": 8})["unscored"] == 1 / 4
 
 
 def test_a_run_of_stages_is_called_by_all_of_them(runs: Path) -> None:
@@ -283,6 +285,18 @@ def test_samples_that_do_not_fit_are_left_out_evenly_and_counted(tmp_path: Path)
     assert len(json.dumps(few)) < 60_000
 
 
+def test_evaluations_that_fit_are_spread_between_the_first_and_the_last(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", steps=20, every=2, problems=8, completions=["x" * 500]))
+    numbers = set()
+    for room in range(15_000, 80_000, 1_000):
+        kept = [int(step) for step in samples(group_runs([run]), room=room)["runs"][0]["steps"]]
+        gaps = np.diff(kept)
+        assert (kept[0], kept[-1]) == (0, 20)
+        assert gaps.max() - gaps.min() <= 2  # an evaluation more or less
+        numbers.add(len(kept))
+    assert numbers == set(range(4, 12))
+
+
 def test_two_evaluations_have_all_the_room(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=20, every=20, problems=40, completions=["x" * 500]))
     size = len(json.dumps(samples(group_runs([run]))))
@@ -344,6 +358,29 @@ def test_plots_are_pngs_too(runs: Path, tmp_path: Path) -> None:
     written = write_pngs(tmp_path / "plots", [held_out, time], "flops")
     assert [path.name for path in written] == ["held-out-accuracy.png", "held-out-reward.png", "time.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("a-run-of-a-name-with-34-characters", 3), ("run", 36), ("a-run-" + "x" * 200, 5)]
+)
+def test_what_a_png_names_is_all_on_it(runs: Path, tmp_path: Path, name: str, count: int) -> None:
+    run = read_run(runs / "es-seed1")
+    groups = [RunGroup(f"{name}-{number}", (run,)) for number in range(count)]
+    figures: list[Figure] = []
+    with patch.object(Figure, "savefig", lambda figure, *_, **__: figures.append(figure)):
+        write_pngs(tmp_path, [plot for plot in plots(groups) if plot.name in ("held-out", "time")], "flops")
+    assert len(figures) == 3
+    for figure in figures:
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        parts = [legend, *axes.get_yticklabels()]
+        boxes = [part.get_window_extent() for part in parts]
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
+        assert axes.get_position().width > 0.6
+        assert axes.get_position().height > 0.4
+        rows = [box for part, box in zip(parts[1:], boxes[1:], strict=True) if part.get_text()]
+        assert all(not one.overlaps(other) for one, other in pairwise(rows))
+        assert len(axes.collections) == (count if count <= 6 and axes.lines else 0)  # bands
 
 
 def test_plots_of_long_names_that_begin_alike_are_all_kept(runs: Path, tmp_path: Path) -> None:

@@ -233,6 +233,88 @@ def test_a_live_page_follows_the_run_and_keeps_what_was_chosen(
         reader.close()
 
 
+def test_a_live_page_keeps_to_a_run_that_another_seed_joins_and_to_what_was_zoomed(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SHARE_OF_TIME", float("inf"))
+    for name, method in (("es-seed0", "es"), ("grpo-seed0", "grpo")):
+        write_run(tmp_path / name, method)
+    zoom = "document.querySelector('#plot-held-out .plot').layout.xaxis"
+    with watch.WatchServer([tmp_path]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reader = Reader(browser, server.url)
+        page = reader.page
+        page.select_option("#sample-run", label="grpo-seed0")
+        page.select_option("#config-run", label="grpo-seed0")
+        page.get_by_role("checkbox", name="grpo-seed0").uncheck()
+        reader.wait()
+        page.evaluate("Plotly.relayout(document.querySelector('#plot-held-out .plot'), {'xaxis.range': [400, 900]})")
+
+        write_run(tmp_path / "grpo-seed1", "grpo", seed=1)
+        joined = page.get_by_role("checkbox", name="grpo", exact=True)
+        joined.wait_for()
+        reader.wait()
+        assert not joined.is_checked()
+        assert joined.evaluate("box => box === document.activeElement")
+        assert [trace["name"] for trace in reader.traces() if trace.get("name")] == ["es-seed0"]
+        chosen = "id => document.getElementById(id).selectedOptions[0].textContent"
+        assert [page.evaluate(chosen, each) for each in ("sample-run", "config-run")] == ["grpo, seed 0"] * 2
+        assert "name: grpo-seed0" in page.text_content("#config")
+        assert page.evaluate(f"{zoom}.range") == [400, 900]
+        joined.check()
+        reader.wait()
+        assert "grpo" in [trace.get("name") for trace in reader.traces()]
+        reader.choose("axis", "steps")
+        assert page.evaluate(f"{zoom}.autorange") is True
+        server.shutdown()
+        reader.close()
+
+
+def test_a_live_page_says_when_its_server_does_not_answer(browser: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with watch.WatchServer([run]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.add_init_script(
+            "const timeout = AbortSignal.timeout; AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms / 100);"
+        )
+        asked: list[Any] = []
+        page.route("**/data.json", lambda route: asked.append(route))  # and no answer
+        page.goto(server.url)
+        page.wait_for_selector("#live.lost", timeout=TIMEOUT_MS)
+        assert "lost its server" in page.text_content("#live")
+        page.unroute("**/data.json")
+        page.wait_for_selector("#live:not(.lost)", timeout=TIMEOUT_MS)
+        assert asked
+        page.close()
+        server.shutdown()
+
+
+def test_names_of_any_length_fit_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    for method in ("es", "grpo"):
+        write_run(tmp_path / f"{method}-{'with-a-long-name-' * 4}", method)
+    groups = group_runs([read_run(run) for run in find_runs([tmp_path])])
+    write_report(tmp_path / "report.html", groups, title="Long names", pngs=False)
+    reader = Reader(browser, (tmp_path / "report.html").as_uri(), width=400)
+    assert reader.page.evaluate("document.documentElement.scrollWidth") == 400
+    reader.close()
+
+
+def test_a_run_that_is_not_shown_is_nowhere_in_the_plots(browser: Any, report: Path) -> None:
+    reader = Reader(browser, report.as_uri())
+    page = reader.page
+    assert "seed 0" in page.text_content("#plot-population .legend")
+    page.get_by_role("checkbox", name="es", exact=True).uncheck()
+    reader.wait()
+    page.click("#plot-time summary")
+    page.wait_for_selector("#plot-time table")
+    assert page.locator("#plot-time tbody th").all_text_contents() == ["grpo", "sft"]
+    assert " es: " not in page.get_attribute("#plot-time .plot", "aria-label")
+    spoken = page.get_attribute("#plot-population .plot", "aria-label")
+    assert spoken.endswith("over processed tokens. No run is shown.")
+    reader.close()
+
+
 def test_a_live_page_that_began_empty_takes_the_axis_that_suits_its_runs(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

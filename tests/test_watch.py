@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_the_data_follow_the_runs_and_are_sent_when_they_have_changed(server: Wa
     assert ask(server, "/data.json", **{"If-None-Match": tag}) == (304, "", tag)
     write_run(tmp_path / "runs/es", steps=3)
     status, body, new = ask(server, "/data.json", **{"If-None-Match": tag})
-    assert (status, json.loads(body)["groups"]) == (200, [{"label": "es", "runs": ["es"]}])
+    (group,) = json.loads(body)["groups"]
+    assert (status, group["label"], group["runs"]) == (200, "es", ["es"])
     assert new != tag
 
 
@@ -110,6 +112,15 @@ def test_the_page_may_ask_its_own_server_alone_and_nothing_else_is_served(server
 )
 def test_a_name_of_somebody_else_is_refused(server: WatchServer, host: str, status: int) -> None:
     assert ask(server, "/data.json", Host=host)[0] == status
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_one_to_serve_at(tmp_path: Path) -> None:
+    with WatchServer([tmp_path], host="::1") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with urllib.request.urlopen(f"{server.url}data.json", timeout=20) as answer:
+            assert json.loads(answer.read())["groups"] == []
+        server.shutdown()
 
 
 def test_an_address_that_is_taken_is_one_sentence(server: WatchServer) -> None:

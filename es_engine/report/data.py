@@ -6,6 +6,8 @@ they are read one line at a time, and of each only the figures that the page sho
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +46,8 @@ class RunData:
     """What a run has come to so far.
 
     `figures` are by step and by name, (steps,), NaN where a step has none; `spent` is by axis what the run had spent
-    before its first step and after each, (steps + 1,).
+    before its first step and after each, (steps + 1,). `unscored` counts training rollouts without a score, `failures`
+    what gave none: verifiers and parts of a sum, whose rollouts may have one from other parts.
     """
 
     name: str
@@ -56,12 +59,18 @@ class RunData:
     figures: Mapping[str, Array]
     spent: Mapping[str, Array]
     evaluations: tuple[Line, ...]
+    unscored: int
     failures: Mapping[str, int]
 
     @property
     def steps(self) -> int:
         """How many steps are done."""
         return len(self.spent["steps"]) - 1
+
+    @property
+    def key(self) -> str:
+        """What the run is known by on a page, whatever it is called there; it tells nobody where the run is."""
+        return hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:16]
 
     @property
     def method(self) -> str:
@@ -107,6 +116,7 @@ class RunReader:
         self._evaluations = LedgerReader(self.folder.eval_file)
         self._evaluated: dict[int, Line] = {}
         self._steps: list[dict[str, float]] = []
+        self._unscored = 0
         self._failures: Counter[str] = Counter()
 
     def read(self) -> RunData:
@@ -118,6 +128,7 @@ class RunReader:
         for line in self._ledger.new_lines():  # after the evaluations, so that the steps before them are there
             if line["kind"] == "generation":
                 self._steps.append(step_figures(line))
+                self._unscored += line.get("unscored", 0)
                 self._failures.update(_failures(line))
         config = self.folder.load_config()
         steps = len(self._steps)
@@ -131,6 +142,7 @@ class RunReader:
             figures=_columns(self._steps),
             spent={"steps": np.arange(steps + 1, dtype=np.float64), **{each: self._spent(each) for each in MEASURES}},
             evaluations=tuple(line for step, line in sorted(self._evaluated.items()) if step <= steps),
+            unscored=self._unscored,
             failures=dict(self._failures),
         )
 
@@ -196,7 +208,7 @@ def step_figures(line: Line) -> dict[str, float]:
         named["length"] = line["tokens"] / rollouts
         named["truncated"] = line["truncated"] / rollouts
         named["looped"] = line["looped"] / rollouts
-        named["unscored"] = min(1.0, sum(_failures(line).values()) / rollouts)  # parts of a sum fail one by one
+        named["unscored"] = line.get("unscored", 0) / rollouts
     rewards = line.get("rewards") or []
     if any(len(row) > 1 for row in rewards):  # a row of one is constant whatever it is
         constant = line.get("constant_members", line.get("constant_groups"))
@@ -244,7 +256,7 @@ def _prefixed(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _failures(line: Line) -> dict[str, int]:
-    """How many rollouts got no score, by verifier and kind."""
+    """Scores that were not given, by verifier, or part of a sum, and by kind."""
     kinds = line.get("failures") or {}
     return {f"{verifier}: {kind}": count for verifier, counts in kinds.items() for kind, count in counts.items()}
 

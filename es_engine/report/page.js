@@ -13,6 +13,7 @@
   const MARKED_POINTS = 14;
   const TABLE_POINTS = 50;
   const POLL_MS = 2000;
+  const PATIENCE_MS = 30_000;
   const SHORT_CELL = 28;
   const SHORT_ANSWER = 80;
   const SHORT_PROMPT = 400;
@@ -132,9 +133,11 @@
   const withBands = () => state.bands ?? data.groups.length <= CLEAR_BANDS;
   const labelText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const shortened = (text) => (text.length > 22 ? `${text.slice(0, 12)}…${text.slice(-9)}` : text);
-  const variantOf = (plot) => plot.variants.find((each) => each.name === state.variants[plot.name]) ?? plot.variants[0];
+  const variantOf = (plot) => plot.variants.find((each) => each.key === state.variants[plot.name])
+    ?? plot.variants.find((each) => each.curves.some((curve) => !hides(curve.style))) ?? plot.variants[0];
   const shownCurves = (plot) => variantOf(plot).curves.filter((curve) => !hides(curve.style));
-  const hides = (style) => state.hidden.has(data.groups[style].label);
+  const hides = (style) => data.groups[style].keys.some((key) => state.hidden.has(key));
+  const shownGroups = () => data.groups.map((_, group) => group).filter((group) => !hides(group));
 
   function pointsOf(curve) {
     const [x, y, bands] = curve.points[axis()];
@@ -174,8 +177,8 @@
   function barTraces(plot, which) {
     return Object.entries(plot.parts).map(([part, values], place) => ({
       type: "bar", orientation: "h", name: labelText(part),
-      y: plot.labels.map((_, group) => group).filter((group) => !hides(group)),
-      x: values.filter((_, group) => !hides(group)),
+      y: shownGroups(),
+      x: shownGroups().map((group) => values[group]),
       marker: { color: colour(place, which), line: { width: 1, color: which === "light" ? "#fff" : "rgba(0,0,0,0)" } },
       hovertemplate: `%{x:.4s} s<extra>${labelText(part)}</extra>`,
     }));
@@ -188,9 +191,10 @@
       font: { family: "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif", size: 13, color: ink },
       margin: { l: 52, r: 14, t: 10, b: 44 }, height: width < 500 ? 270 : 330, barmode: "stack", bargap: 0.35,
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", hoverlabel: { namelength: 40 },
+      uirevision: plot.kind === "bars" ? plot.name : `${axis()} ${variantOf(plot).key}`, // what was zoomed to stays so
     };
     if (plot.kind === "bars") {
-      const shown = plot.labels.map((_, group) => group).filter((group) => !hides(group));
+      const shown = shownGroups();
       layout.height = 90 + 34 * Math.max(2, shown.length);
       layout.xaxis = { ...line, title: { text: plot.unit } };
       const names = shown.map((group) => labelText(shortened(plot.labels[group])));
@@ -234,9 +238,9 @@
 
   function inWords(plot) {
     if (plot.kind === "bars") {
-      const sums = plot.labels.map((label, group) => {
+      const sums = shownGroups().map((group) => {
         const parts = Object.entries(plot.parts).map(([part, values]) => `${part} ${number(values[group])}`);
-        return `${label}: ${parts.join(", ")}.`;
+        return `${plot.labels[group]}: ${parts.join(", ")}.`;
       });
       return `Bar chart of ${plot.title.toLowerCase()}, in seconds. ${sums.join(" ")}`;
     }
@@ -246,7 +250,7 @@
       if (!values.length) return `${curve.label}: nothing yet.`;
       return `${curve.label}: ${number(values[0])} first, ${number(values.at(-1))} last, ${number(most)} at most.`;
     });
-    return `Line chart of ${variantOf(plot).label.toLowerCase()} over ${data.axes[axis()].toLowerCase()}. ${sentences.join(" ")}`;
+    return `Line chart of ${variantOf(plot).label.toLowerCase()} over ${data.axes[axis()].toLowerCase()}. ${sentences.join(" ") || "No run is shown."}`;
   }
 
   function showNumbers(plot, place) {
@@ -254,7 +258,7 @@
   }
 
   function barNumbers(plot) {
-    const rows = plot.labels.map((label, group) => [label, ...Object.values(plot.parts).map((values) => values[group])]);
+    const rows = shownGroups().map((group) => [plot.labels[group], ...Object.values(plot.parts).map((values) => values[group])]);
     return tableOf(["Run", ...Object.keys(plot.parts).map((part) => `${part} (s)`)], rows, plot.title);
   }
 
@@ -311,7 +315,7 @@
       const variants = plot.variants ?? [];
       const select = card.querySelector("select");
       select.parentElement.hidden = variants.length < 2;
-      fill(select, variants.map((each) => [each.name, each.name]), variants.length ? variantOf(plot).name : "");
+      fill(select, variants.map((each) => [each.key, each.name]), variants.length ? variantOf(plot).key : "");
     });
     drawAll();
   }
@@ -344,39 +348,53 @@
     place.hidden = data.groups.length < 2;
     const labels = [...place.querySelectorAll("label")];
     const same = labels.length === data.groups.length
-      && labels.every((label, style) => label.dataset.label === data.groups[style].label);
+      && labels.every((label, style) => label.dataset.keys === keysOf(style) && label.dataset.label === data.groups[style].label);
     if (same) {
       labels.forEach((label, style) => label.querySelector(".swatch").replaceWith(swatch(style)));
       return;
     }
-    place.replaceChildren(el("legend", {}, "Shown"), ...data.groups.map((group, style) => {
-      const box = el("input", { type: "checkbox" });
-      box.checked = !state.hidden.has(group.label);
-      box.addEventListener("change", () => {
-        state.hidden[box.checked ? "delete" : "add"](group.label);
-        drawAll();
-      });
-      return el("label", { "data-label": group.label }, box, swatch(style), visible(group.label));
-    }));
+    const focused = labels.find((label) => label.contains(document.activeElement))?.dataset.keys.split(" ");
+    place.replaceChildren(el("legend", {}, "Shown"), ...data.groups.map(shownControl));
+    if (focused) {
+      [...place.querySelectorAll("label")].find((label) => label.dataset.keys.includes(focused[0]))
+        ?.control.focus({ preventScroll: true });
+    }
+  }
+
+  const keysOf = (style) => data.groups[style].keys.join(" ");
+
+  /** A box that hides a group's runs, so that it hides others that join them. */
+  function shownControl(group, style) {
+    const box = el("input", { type: "checkbox" });
+    box.checked = !hides(style);
+    box.addEventListener("change", () => {
+      for (const key of group.keys) state.hidden[box.checked ? "delete" : "add"](key);
+      showPlots();
+    });
+    return el("label", { "data-keys": keysOf(style), "data-label": group.label }, box, swatch(style), visible(group.label));
   }
 
   // --- samples ---
 
-  const sampleRun = () => data.samples.runs.find((run) => run.name === state.run);
+  const sampleRun = () => data.samples.runs.find((run) => run.key === state.run);
 
   function showSampleControls() {
     const runs = data.samples.runs.filter((run) => Object.keys(run.steps).length);
     const some = runs.length > 0;
     byId("sample-controls").hidden = !some;
-    if (!runs.some((run) => run.name === state.run)) state.run = some ? runs[0].name : null;
-    fill(byId("sample-run"), runs.map((run) => [run.name, run.name]), state.run);
+    if (!runs.some((run) => run.key === state.run)) state.run = some ? runs[0].key : null;
+    fill(byId("sample-run"), runs.map((run) => [run.key, run.name]), state.run);
     if (!some) return;
     const steps = Object.keys(sampleRun().steps);
     const options = steps.map((step) => [step, step]);
-    if (!steps.includes(state.before)) state.before = null;
-    if (!steps.includes(state.after)) state.after = null;
-    fill(byId("sample-before"), options, state.before ?? steps[0]);
-    fill(byId("sample-after"), options, state.after ?? steps.at(-1));
+    fill(byId("sample-before"), options, nearest(steps, state.before) ?? steps[0]);
+    fill(byId("sample-after"), options, nearest(steps, state.after) ?? steps.at(-1));
+  }
+
+  /** The step next to the wanted one, which another run, or a page with less room, may lack; null where none is. */
+  function nearest(steps, wanted) {
+    if (wanted === null) return null;
+    return steps.reduce((one, other) => (Math.abs(other - wanted) < Math.abs(one - wanted) ? other : one));
   }
 
   /** The problems of the chosen run, each with its completion at both evaluations. */
@@ -499,10 +517,9 @@
   // --- configs, everything, live ---
 
   function showConfig() {
-    const names = data.configs.map((config) => config.name);
-    if (!names.includes(state.config)) state.config = names[0] ?? null;
-    fill(byId("config-run"), names.map((name) => [name, name]), state.config);
-    const text = data.configs.find((config) => config.name === state.config)?.text ?? "";
+    const chosen = data.configs.find((config) => config.key === state.config) ?? data.configs[0];
+    fill(byId("config-run"), data.configs.map((config) => [config.key, config.name]), chosen?.key ?? "");
+    const text = chosen?.text ?? "";
     if (byId("config").dataset.text !== text) {
       byId("config").dataset.text = text;
       byId("config").replaceChildren(visible(text));
@@ -550,14 +567,19 @@
 
   let etag = null;
   async function poll() {
-    if (!document.hidden) await ask();
-    setTimeout(poll, POLL_MS);
+    try {
+      if (!document.hidden) await ask();
+    } finally {
+      setTimeout(poll, POLL_MS);
+    }
   }
 
   async function ask() {
     let lost = false;
     try {
-      const answer = await fetch("data.json", { headers: etag ? { "If-None-Match": etag } : {}, cache: "no-store" });
+      const answer = await fetch("data.json", {
+        headers: etag ? { "If-None-Match": etag } : {}, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
+      });
       if (answer.ok) {
         data = await answer.json(); // SyntaxError where another server answers
         etag = answer.headers.get("ETag");
@@ -566,7 +588,8 @@
         lost = answer.status !== 304;
       }
     } catch (error) {
-      if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error; // TypeError: nobody answers
+      const unanswered = error instanceof TypeError || error.name === "TimeoutError"; // of the wrong kind: SyntaxError
+      if (!unanswered && !(error instanceof SyntaxError)) throw error;
       lost = true;
     }
     const text = lost ? "The live view has lost its server, and goes on asking." : "Live: the page follows the runs.";

@@ -96,7 +96,10 @@ def content(
         "problems": [*problems, *kept["problems"]],
         "axes": AXES,
         "axis": over or usual_axis(groups),
-        "groups": [{"label": group.label, "runs": list(group.run_labels)} for group in groups],
+        "groups": [
+            {"label": group.label, "runs": list(group.run_labels), "keys": [run.key for run in group.runs]}
+            for group in groups
+        ],
         "summary": summary(groups).to_json(),
         "tables": [table.to_json() for table in tables],
         "details": [table.to_json() for table in details],
@@ -105,7 +108,7 @@ def content(
         "failures": _failures(groups).to_json(),
         "differences": config_differences(groups).to_json(),
         "configs": [
-            {"name": label, "text": run.config_text}
+            {"key": run.key, "name": label, "text": run.config_text}
             for group in groups
             for label, run in zip(group.run_labels, group.runs, strict=True)
         ],
@@ -170,7 +173,7 @@ def summary(groups: Sequence[RunGroup]) -> Table:
                 _before_and_after(group, "accuracy", ".1%"),
                 _before_and_after(group, "reward", ".3f"),
                 *(_mean([float(run.spent[measure][-1]) for run in group.runs]) for measure in MEASURES),
-                sum(sum(run.failures.values()) for run in group.runs),
+                sum(run.unscored for run in group.runs),
                 _state(group),
             ]
         )
@@ -217,8 +220,13 @@ def _failures(groups: Sequence[RunGroup]) -> Table:
     rows: list[list[Cell]] = [
         [kind, *(sum(run.failures.get(kind, 0) for run in group.runs) for group in groups)] for kind in kinds
     ]
-    text = "Training rollouts left without a score, by verifier and kind." if rows else "There are none."
-    return Table("Failures", text, ["Verifier: kind", *(group.label for group in groups)], rows)
+    text = (
+        "Scores of training rollouts that were not given, by verifier, or part of a sum, and kind. A rollout of which "
+        "only a part has none is scored by the others, unless that part failed."
+    )
+    return Table(
+        "Failures", text if rows else "There are none.", ["Verifier: kind", *(group.label for group in groups)], rows
+    )
 
 
 def _state(group: RunGroup) -> str:
@@ -269,6 +277,7 @@ class _Arrays:
 def _plot(plot: Plot, arrays: _Arrays) -> dict[str, Any]:
     variants = [
         {
+            "key": variant.key or variant.name,
             "name": variant.name,
             "label": variant.label,
             "share": variant.share,

@@ -15,12 +15,13 @@ from es_engine.report.data import AXES, RunData, RunGroup
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One figure of a plot: its name in the list of figures, and its curves."""
+    """One figure of a plot: its name in the list of figures, its curves, and the key of the run it is of, if one."""
 
     name: str
     label: str
     curves: tuple[Curve, ...]
     share: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def _population(groups: Sequence[RunGroup]) -> Plot:
                 continue
             bands = ((figures["lowest"], figures["highest"]), (figures["lower quarter"], figures["upper quarter"]))
             found = curve(label, style, [Series(label, _after_steps(run), figures["median"], bands)])
-            variants.append(_variant(label, "Fitness of members", [found]))
+            variants.append(_variant(label, "Fitness of members", [found], key=run.key))
     return Plot(
         "population",
         "Population",
@@ -151,11 +152,11 @@ def _lengths(groups: Sequence[RunGroup]) -> Plot:
 
 
 def _failures(groups: Sequence[RunGroup]) -> Plot:
-    failed = any(run.failures for run in _runs(groups))
+    failed = any(run.unscored for run in _runs(groups))
     return Plot(
         "failures",
         "Rollouts without a score",
-        "The share of training rollouts that a verifier left without a score.",
+        "The share of training rollouts that were left without a score.",
         _variants(_stepwise(groups, "share", "unscored", "Share unscored", share=True)) if failed else (),
     )
 
@@ -205,9 +206,11 @@ def _variants(*variants: Variant | None) -> tuple[Variant, ...]:
     return tuple(variant for variant in variants if variant is not None)
 
 
-def _variant(name: str, label: str, curves: Iterable[Curve | None], share: bool = False) -> Variant | None:
+def _variant(
+    name: str, label: str, curves: Iterable[Curve | None], share: bool = False, key: str | None = None
+) -> Variant | None:
     present = tuple(each for each in curves if each is not None)
-    return Variant(name, label, present, share) if present else None
+    return Variant(name, label, present, share, key) if present else None
 
 
 def _stepwise(groups: Sequence[RunGroup], name: str, figure: str, label: str, share: bool = False) -> Variant | None:

@@ -46,7 +46,7 @@ def _of_run(label: str, run: RunData, room: int, texts: dict[str, int], problems
     except ValueError as error:
         problems.append(str(error))
         found = {"rows": 0, "evaluations": 0, "steps": {}}
-    return {"name": label, **found}
+    return {"key": run.key, "name": label, **found}
 
 
 def _kept(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _kept(run: RunData, room: int, texts: dict[str, int]) -> dict[str, Any]:
         between = steps[1:-1]
         taken = _size(kept.values())
         fitting = _fitting(room - taken, taken * len(between) // len(kept), len(between))
-        for step in (between[place] for place in _evenly(len(between), fitting)):
+        for step in (between[place] for place in _between(len(between), fitting)):
             kept[step] = _at(places, _read(run.samples_file(step)))
     return {
         "rows": total,
@@ -116,6 +116,11 @@ def _fitting(room: int, size: int, count: int) -> int:
 def _evenly(count: int, chosen: int) -> list[int]:
     """So many places out of `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, chosen).astype(int)).tolist() if chosen else []
+
+
+def _between(count: int, chosen: int) -> list[int]:
+    """So many places out of `count`, evenly spaced between two that are taken, one before them and one after."""
+    return np.linspace(-1, count, chosen + 2)[1:-1].round().astype(int).tolist()
 
 
 def _shortened(text: str, most: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -85,11 +86,13 @@ class WatchServer(ThreadingHTTPServer):
         """Port 0 is any free one. Raises ValueError for an address that cannot be had."""
         self.runs = LiveRuns(paths)
         self.host = host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise ValueError(f"--host, --port: {host}:{port} cannot be listened to: {error.strerror}") from error
-        self.url = f"http://{host}:{self.server_address[1]}/"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self.server_address[1]}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A page that is closed while it is sent is no error."""
