@@ -21,14 +21,10 @@ from es_engine.methods.rollouts import (
     mean_of_samples,
     total_costs,
 )
-from workers.chunks import Chunk, ChunkResult, Problem, Transcript
+from workers.chunks import EVALUATION, Chunk, ChunkResult, Problem, Transcript
 from workers.engine import CENTER, Sampling
 
 Array = npt.NDArray[np.float64]
-
-GENERATION = 2**64 - 2
-"""The generation that keys the sampling of evaluations: the same at every step, so that steps are compared on equal
-terms."""
 
 Z95 = 1.959964
 
@@ -86,7 +82,7 @@ def is_best(line: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> boo
 def _chunks(problems: int, sampling: Sampling, size: int) -> list[Chunk]:
     return [
         Chunk(
-            GENERATION,
+            EVALUATION,
             index,
             0.0,
             (CENTER,),

@@ -19,6 +19,7 @@ from scipy import stats
 from es_engine import noise
 from es_engine.cli import _name_of
 from es_engine.evaluation import Evaluation, evaluate_center, is_best, pass_at_k, wilson_interval
+from workers.chunks import EVALUATION, KL_DIVERGENCE, Chunk
 from workers.engine import CENTER, Sampling, Vector
 
 NAN = float("nan")
@@ -202,3 +203,11 @@ def test_evaluations_of_two_runs_have_names_of_their_own(tmp_path: Path) -> None
     asked = ("one", "two", "one/best", "two/best", "alone", "one/config.yaml")
     names = ["one", "two", "one-best", "two-best", "alone", "config"]
     assert [_name_of(tmp_path / each) for each in asked] == names
+
+
+@pytest.mark.parametrize(
+    ("generation", "name"),
+    [(7, "generation 7"), (EVALUATION, "an evaluation"), (KL_DIVERGENCE, "the measurement of KL")],
+)
+def test_a_chunk_is_called_by_what_it_is_for(generation: int, name: str) -> None:
+    assert str(Chunk(generation, 2, 0.0, (CENTER,), ((0,),), Sampling(8, 1, 0.0))) == f"chunk 2 of {name}"

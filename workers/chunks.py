@@ -25,6 +25,13 @@ Counts = npt.NDArray[np.int64]
 Failures = Mapping[tuple[str, str], int]
 """Rollouts by the verifier, or part of a sum, that gave them no score, and by kind of failure."""
 
+EVALUATION = 2**64 - 2
+"""The generation that keys the sampling of evaluations: the same at every step, so that steps are compared on equal
+terms. No run's steps come this far."""
+KL_DIVERGENCE = 2**64 - 3
+"""That of the completions on which the KL divergence from the base model is measured."""
+OUT_OF_TRAINING = {EVALUATION: "an evaluation", KL_DIVERGENCE: "the measurement of KL"}
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -66,7 +73,7 @@ class Chunk:
         return [(slot, place) for slot, places in enumerate(self.problems) for place in places]
 
     def __str__(self) -> str:
-        return f"chunk {self.index} of generation {self.generation}"
+        return f"chunk {self.index} of {OUT_OF_TRAINING.get(self.generation, f'generation {self.generation}')}"
 
 
 @dataclass(frozen=True, slots=True)

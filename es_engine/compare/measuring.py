@@ -22,14 +22,13 @@ from es_engine.evaluation import Evaluation, evaluate_center
 from es_engine.losses import kl_k3
 from es_engine.methods import gradients, policy
 from es_engine.session import Session, sampling
+from workers.chunks import KL_DIVERGENCE
 from workers.divergence import Diverged
 from workers.engine import Vector
 from workers.samples import Sample
 
 VERSION = -2
 """Names the theta that is measured; training has other names."""
-KL_GENERATION = 2**64 - 3
-"""Keys the sampling of the completions on which the KL divergence is measured."""
 KL_TOKENS = 4096
 """Tokens, with padding, of which a worker finds the log-probabilities at a time."""
 
@@ -96,7 +95,7 @@ def _kl_to_base(session: Session, theta: Vector) -> KlToBase | None:
     shared = session.pool.put(theta)
     problems = found.problems("heldout", config.evaluation.numbers)
     drawn = sampling(config, found.task, samples=1, temperature=1.0)
-    rollouts = policy.roll_out(session.pool, shared, KL_GENERATION, problems, drawn, config.evaluation.chunk)
+    rollouts = policy.roll_out(session.pool, shared, KL_DIVERGENCE, problems, drawn, config.evaluation.chunk)
     samples = [
         Sample(problem.prompt_ids, completion.token_ids)
         for problem, completion in zip(rollouts.asked, rollouts.completions, strict=True)
