@@ -229,6 +229,11 @@ def test_a_live_page_follows_the_run_and_keeps_what_was_chosen(
         write_run(tmp_path / "other", "grpo")
         page.wait_for_selector("#sample-run option:nth-child(2)", state="attached")
         assert page.locator("#sample-list [data-read]").count() == 1
+        assert page.evaluate("[...document.querySelectorAll('#config-run option')].map(each => each.text)") == [
+            "other",
+            "run",
+        ]
+        assert page.text_content("#config").startswith("name: run\n")
         server.shutdown()
         reader.close()
 

@@ -518,7 +518,8 @@
 
   function showConfig() {
     const chosen = data.configs.find((config) => config.key === state.config) ?? data.configs[0];
-    fill(byId("config-run"), data.configs.map((config) => [config.key, config.name]), chosen?.key ?? "");
+    state.config = chosen?.key ?? null;
+    fill(byId("config-run"), data.configs.map((config) => [config.key, config.name]), state.config);
     const text = chosen?.text ?? "";
     if (byId("config").dataset.text !== text) {
       byId("config").dataset.text = text;
