@@ -138,6 +138,7 @@ def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path)
     folder = tmp_path / "methods"
     open_folder(comparison_of(), folder)
     open_folder(comparison_of(seeds=[1, 2, 3, 4], thresholds=[0.5]), folder)
+    (folder / "runs").mkdir()
     with pytest.raises(ValueError, match=r"methods: it holds another comparison"):
         open_folder(comparison_of(budget={"tokens": 5}), folder)
     (tmp_path / "other").mkdir()
@@ -145,6 +146,13 @@ def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path)
     for taken in (tmp_path / "other", tmp_path / "other" / "notes"):
         with pytest.raises(ValueError, match=rf"{taken.name}: it exists and holds no comparison"):
             open_folder(comparison_of(), taken)
+
+
+def test_a_comparison_of_which_no_run_could_begin_may_be_corrected(tmp_path: Path) -> None:
+    open_folder(comparison_of(), tmp_path)
+    corrected = comparison_of(budget={"tokens": 5})
+    open_folder(corrected, tmp_path)
+    assert load_comparison(tmp_path / "comparison.yaml") == corrected
 
 
 def test_a_comparison_that_was_killed_before_it_began_can_be_begun(tmp_path: Path) -> None:

@@ -202,6 +202,39 @@ def test_ability_at_another_task_is_measured_before_and_after(summary: dict[str,
     assert (other["change"]["mean"], other["change"]["seeds"]) == (-0.5, [-0.5, -0.5, -0.5])
 
 
+def test_seeds_without_any_verdict_are_wrong_and_counted(tmp_path: Path) -> None:
+    """A trained model of which nothing at all could be scored is no reason to look at rewards, nor to look away."""
+    comparison = comparison_of(**OTHER, runs={"es": {}, "grpo": {"method": {"kind": "grpo"}}})
+    before, after, silent = (
+        Scores(rewards=(1.0, 0.2), accuracy=(1.0, 0.0)),
+        Scores(rewards=(1.0, 1.0), accuracy=(1.0, 1.0)),
+        Scores(rewards=(None, None), accuracy=None),
+    )
+    for trial in pending(comparison, tmp_path):
+        lost = trial.run == "grpo" and trial.config.seed == 3
+        scores = curve(trial)
+        others = {"three": BeforeAndAfter(before=before, after=silent if lost else after)}
+        measures = made_up_measures(scores.shape[1], others)
+        if lost:
+            sampled = SampledEvaluation(samples=4, temperature=1.0, correct=None)
+            measures = measures.model_copy(update={"sampled": sampled, "kl": None})
+        finish(trial, tmp_path, scores, scores, measures)
+    found = summarise(comparison, tmp_path)
+    es, grpo = (found["runs"][run] for run in ("es", "grpo"))
+    three = grpo["other_tasks"]["three"]
+    assert (es["other_tasks"]["three"]["figure"], three["figure"]) == ("accuracy", "accuracy")
+    assert (three["before"]["mean"], three["after"]["seeds"]) == (0.5, [1, 1, 0])
+    assert grpo["figures"]["pass@4"]["mean"] == pytest.approx(es["figures"]["pass@4"]["mean"] * 2 / 3)
+    (distance,) = (table for table in tables(found) if table.heading == "Distance from the base model")
+    assert ["of 2 of 3 seeds" in str(row[1]) for row in distance.rows] == [False, True]
+
+
+def test_a_limit_that_is_none_is_not_one(tmp_path: Path) -> None:
+    sft = {"method": {"kind": "sft"}, "budget": {"generations": 4, "flops": None}}
+    text = next(each.text for each in tables(summarise(finished(tmp_path, runs={"es": {}, "sft": sft}), tmp_path)))
+    assert "4,000 generated tokens, sft also 4 steps." in text
+
+
 def test_grids_show_the_winner(summary: dict[str, Any]) -> None:
     assert [trial["chosen"] for trial in summary["grids"]["es"]] == [True, False]
     assert [trial["setting"] for trial in summary["grids"]["grpo"]] == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 1e-3}]

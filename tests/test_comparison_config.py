@@ -114,6 +114,19 @@ def test_the_stages_of_a_run_share_its_budget() -> None:
             {"runs": {"es": {}, "few": {"evaluation": {"problems": 4}}}},
             "runs.few.evaluation.problems: got 4, accepted is that of runs.es, 16, for one pool serves all",
         ),
+        (
+            {
+                "runs": {
+                    "es": {"grid": {"optimizer.lr": [1.0, 2.0]}},
+                    "both": {
+                        "stages": [{"optimizer": ADAM, "budget": {"tokens": 9}}] * 2,
+                        "grid": {"optimizer.lr": [1.0, 2.0]},
+                    },
+                }
+            },
+            "runs.both.grid.optimizer.lr: got [1.0, 2.0], accepted is nothing: every stage has optimizer of its own",
+        ),
+        ({"runs": {"es": {"grid": {"optimizer.lr.": [1.0, 2.0]}}}}, "optimizer.lr.: a name with an empty part"),
         ({"seeds": [1, 1]}, "seeds: got [1, 1], accepted is seeds that differ"),
         ({"tuning": {"seed": 3}}, "tuning.seed: got 3, accepted is a seed that is not among seeds"),
         ({"thresholds": [1.5]}, "thresholds: got"),

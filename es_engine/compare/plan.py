@@ -176,7 +176,8 @@ def _merit(result: TrialResult) -> tuple[bool, float, float]:
 
 
 def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
-    """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed.
+    """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed, and
+    all of it where no run has begun.
 
     Raises ValueError if it holds another comparison, or something else.
     """
@@ -184,7 +185,8 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     if file.is_file():
         refuse_ways_out(folder)
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
-        if load_comparison(file).model_copy(update=free) != comparison:
+        begun = any((folder / part).exists() for part in ("tuning", "runs"))
+        if begun and load_comparison(file).model_copy(update=free) != comparison:
             raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")
     elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")

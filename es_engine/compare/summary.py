@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.compare.held_out import filled
-from es_engine.compare.measures import Scores
+from es_engine.compare.measures import BeforeAndAfter, Scores
 from es_engine.compare.outcome import Outcome, read_outcome
 from es_engine.compare.plan import Choice, TrialResult, choose, final_trials, tuning_results
 from es_engine.compare.statistics import (
@@ -62,7 +62,12 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         outcomes[trial.run].append(read_outcome(trial, folder))
     limit = next(name for name in LIMITS if getattr(comparison.budget, name) is not None)
     measure, budget = LIMITS[limit], float(getattr(comparison.budget, limit))
-    tables = {run: _score_tables(those, measure, budget) for run, those in outcomes.items()}
+    sampled = any(each.measures.sampled.correct is not None for those in outcomes.values() for each in those)
+    tables = {
+        run: _score_tables(those, measure, budget) | (_pass_tables(those) if sampled else {})
+        for run, those in outcomes.items()
+    }
+    others = {name: _other_task(outcomes, name) for name in comparison.other_tasks}
     return {
         "name": comparison.name,
         "budget": comparison.budget.model_dump(exclude_none=True),
@@ -71,20 +76,31 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         "problems": next(iter(tables.values()))["reward_final"].shape[1],
         "tuning": _tuning(comparison, trials) if comparison.tunes else None,
         "samples": comparison.samples.model_dump(),
-        "runs": {run: _run_data(comparison, run, outcomes[run], tables[run]) for run in comparison.runs},
+        "runs": {
+            run: _run_data(
+                comparison, run, outcomes[run], tables[run], {name: found[run] for name, found in others.items()}
+            )
+            for run in comparison.runs
+        },
         "pairs": [pair for figure in PAIRED for pair in _pairs(tables, figure)],
         "equal_costs": {each: _equal_cost(outcomes, each) for each in get_args(Measure)},
         "grids": _grids(trials, choices),
     }
 
 
-def _run_data(comparison: ComparisonConfig, run: str, outcomes: Sequence[Outcome], tables: Mapping[str, Array]) -> Data:
+def _run_data(
+    comparison: ComparisonConfig,
+    run: str,
+    outcomes: Sequence[Outcome],
+    tables: Mapping[str, Array],
+    other_tasks: Mapping[str, Data],
+) -> Data:
     trial = outcomes[0].trial
     return {
         "method": method_name(trial.config.model_dump(mode="json")),
         "trial": trial.number,
         "setting": trial.setting,
-        "own_budget": comparison.runs[run].get("budget", {}),
+        "own_budget": {name: most for name, most in comparison.runs[run].get("budget", {}).items() if most is not None},
         "diverged": [each.trial.config.seed for each in outcomes if each.diverged],
         "figures": {name: _interval(table, _kind_of_interval(name)) for name, table in tables.items()},
         "observed": _observed(outcomes),
@@ -93,7 +109,7 @@ def _run_data(comparison: ComparisonConfig, run: str, outcomes: Sequence[Outcome
             name: _range([getattr(each.evaluating, name) for each in outcomes]) for name in get_args(Measure)
         },
         "thresholds": _thresholds(outcomes, comparison.thresholds),
-        "other_tasks": {name: _other_task(outcomes, name) for name in comparison.other_tasks},
+        "other_tasks": dict(other_tasks),
         "curves": [_curve(each) for each in outcomes],
     }
 
@@ -113,7 +129,7 @@ def _score_tables(outcomes: Sequence[Outcome], measure: str, budget: float) -> d
         tables[f"{name}_area"] = np.stack(
             [area(_costs(each, measure), curve, budget) for each, curve in zip(outcomes, those, strict=True)]
         )
-    return tables | _pass_tables(outcomes)
+    return tables
 
 
 def _score_curves(outcomes: Sequence[Outcome]) -> dict[str, list[Array]]:
@@ -124,15 +140,18 @@ def _score_curves(outcomes: Sequence[Outcome]) -> dict[str, list[Array]]:
 
 
 def _pass_tables(outcomes: Sequence[Outcome]) -> dict[str, Array]:
-    """pass@k of each problem for powers of two up to the samples there are."""
+    """pass@k of each problem for powers of two up to the samples there are; a seed without any verdict has no right
+    answer."""
     sampled = [each.measures.sampled for each in outcomes]
-    if any(each.correct is None for each in sampled):
-        return {}
+    correct = [each.measures.sampled.correct or np.zeros(each.rewards.shape[1], dtype=np.int64) for each in outcomes]
     n = min(each.samples for each in sampled)
     powers = [2**power for power in range(n.bit_length())]
     return {
         f"pass@{k}": np.array(
-            [[pass_at_k(np.array([c]), each.samples, k) for c in each.correct or ()] for each in sampled]
+            [
+                [pass_at_k(np.array([c]), each.samples, k) for c in those]
+                for each, those in zip(sampled, correct, strict=True)
+            ]
         )
         for k in powers
     }
@@ -191,10 +210,16 @@ def _thresholds(outcomes: Sequence[Outcome], thresholds: Sequence[float]) -> lis
     return found
 
 
-def _other_task(outcomes: Sequence[Outcome], name: str) -> Data:
-    """Held-out ability at another task before and after, and the change, paired over its problems."""
-    both = [each.measures.other_tasks[name] for each in outcomes]
-    by_accuracy = all(scores.accuracy is not None for each in both for scores in (each.before, each.after))
+def _other_task(outcomes: Mapping[str, Sequence[Outcome]], name: str) -> Data:
+    """Of each run, held-out ability at another task: accuracy, or reward where no run has any verdict."""
+    both = {run: [each.measures.other_tasks[name] for each in those] for run, those in outcomes.items()}
+    scores = [each for those in both.values() for pair in those for each in (pair.before, pair.after)]
+    by_accuracy = any(each.accuracy is not None for each in scores)
+    return {run: _change(those, by_accuracy) for run, those in both.items()}
+
+
+def _change(both: Sequence[BeforeAndAfter], by_accuracy: bool) -> Data:
+    """Ability before and after, and the change, paired over problems."""
     before, after = filled(
         np.array([[_of_task(getattr(each, when), by_accuracy) for each in both] for when in ("before", "after")])
     )
@@ -208,8 +233,8 @@ def _other_task(outcomes: Sequence[Outcome], name: str) -> Data:
 
 
 def _of_task(scores: Scores, by_accuracy: bool) -> Array:
-    if by_accuracy:
-        return np.array(scores.accuracy, dtype=np.float64)
+    if by_accuracy:  # without any verdict no answer is right
+        return np.array(scores.accuracy or np.zeros(len(scores.rewards)), dtype=np.float64)
     return np.array(scores.rewards, dtype=np.float64)  # None becomes NaN
 
 

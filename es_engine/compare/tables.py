@@ -277,9 +277,11 @@ def _estimate(found: Data | None, sign: str = "") -> str:
 def _range(found: Data, write: Write) -> str:
     if found["mean"] is None:
         return NONE
+    known = sum(value is not None for value in found["seeds"])
+    missing = f" of {known} of {len(found['seeds'])} seeds" if known < len(found["seeds"]) else ""
     if found["least"] == found["most"]:
-        return write(found["mean"])
-    return f"{write(found['mean'])} ({write(found['least'])} to {write(found['most'])})"
+        return write(found["mean"]) + missing
+    return f"{write(found['mean'])} ({write(found['least'])} to {write(found['most'])}){missing}"
 
 
 def _digits(value: float) -> str:

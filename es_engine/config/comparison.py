@@ -27,6 +27,7 @@ from es_engine.config.loading import (
     AXES,
     Tree,
     absolute_file,
+    every_stage_has,
     merge,
     nested,
     override_tree,
@@ -175,6 +176,11 @@ class ComparisonConfig(ConfigModel):
                     raise problem(where, values, "a field of an axis: the comparison gives name, seed and budget")
                 if not isinstance(values, list) or not values or any(a == b for a, b in combinations(values, 2)):
                     raise problem(where, values, "a list of values that differ")
+                axis, stages = key.partition(".")[0], merge(self.run, self.runs[run]).get("stages")
+                if every_stage_has(axis, stages):
+                    raise problem(
+                        where, values, f"nothing: every stage has {axis} of its own, so that all trials are one"
+                    )
         counts = {run: math.prod(len(values) for values in self.grid(run).values()) for run in self.runs}
         if len(set(counts.values())) > 1:
             given = ", ".join(f"{run} {count}" for run, count in counts.items())

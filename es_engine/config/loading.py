@@ -154,18 +154,28 @@ def override_tree(overrides: Sequence[str]) -> Tree:
 
 def _refuse_idle(overrides: Sequence[str], stages: Any) -> None:
     """Raises ConfigError for an override of what every stage has of its own."""
-    if not isinstance(stages, list) or not stages:
-        return
     for override in overrides:
         axis = re.split(r"[.=]", override, maxsplit=1)[0]
-        if axis in StageConfig.model_fields and all(isinstance(stage, dict) and axis in stage for stage in stages):
+        if every_stage_has(axis, stages):
             raise ConfigError(f"override {override}: every stage has {axis} of its own, where the config file gives it")
 
 
+def every_stage_has(axis: str, stages: Any) -> bool:
+    """Whether there are stages and each has this axis of its own, so that the run's is not used."""
+    own = isinstance(stages, list) and all(isinstance(stage, dict) and axis in stage for stage in stages)
+    return bool(stages) and own and axis in StageConfig.model_fields
+
+
 def nested(name: str, value: Any) -> Tree:
-    """The mapping of mappings in which a dotted name has this value."""
-    first, _, rest = name.partition(".")
-    return {first: nested(rest, value) if rest else value}
+    """The mapping of mappings in which a dotted name has this value. Raises ConfigError for a name with an empty
+    part."""
+    *outer, last = name.split(".")
+    if not all((*outer, last)):
+        raise ConfigError(f"{name}: a name with an empty part, accepted is a dotted field such as optimizer.lr")
+    tree: Tree = {last: value}
+    for part in reversed(outer):
+        tree = {part: tree}
+    return tree
 
 
 def _with_whole_stages(tree: Tree) -> tuple[Tree, set[str]]:
