@@ -100,7 +100,7 @@ def _generation(config: Config, step: int, costs: Costs) -> dict[str, Any]:
         "truncated": 1,
         "looped": 0,
         "unscored": 1,
-        "failures": {"countdown": {"timeout": 1}},
+        "failures": {"countdown": {"timeout": 1}, "bonus": {"no score": 5}},
         "rescored": 0,
         "times": {"generate": 1.0, "score": 0.5, "rollouts": 1.5, "update": 0.25, "total": 2.0},
         "workers": [0],

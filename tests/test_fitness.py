@@ -118,7 +118,7 @@ def test_likelihoods_are_those_of_every_members_own_adapter(random_llama: Path, 
         np.testing.assert_allclose(np.array(row, dtype=float), 3 * sums / tokens, rtol=1e-5)
         assert np.nanmean(np.array(row, dtype=float)) == pytest.approx(np.nansum(sums) / tokens, rel=1e-5)
     read = 8 * sum(sample.tokens for sample in samples if sample)
-    assert (record["tokens"], record["rollouts"], record["prompt_tokens"]) == (0, 0, read)
+    assert (record["tokens"], record["rollouts"], record["unscored"], record["prompt_tokens"]) == (0, 0, 0, read)
     assert (record["reward_mean"], record["accuracy"]) == (None, None)
     assert record["costs"].processed == read
     assert sorted(record["workers"]) == [0, 1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_runs import evaluation_line, sample_rows, step_line, write_lines, write_run
 
-from es_engine.report import Table, find_runs, group_runs, read_run, watch, write_report
+from es_engine.report import RunGroup, Table, find_runs, group_runs, read_run, watch, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -142,6 +142,21 @@ def test_completions_are_filtered_searched_and_turned_over(browser: Any, report:
     assert (reader.listed(), reader.count()) == (["heldout-17"], "1 to 1 of 1")
     reader.choose("sample-run", "grpo")
     assert reader.listed() == ["heldout-17"]
+    reader.close()
+
+
+def test_another_run_is_shown_as_near_to_the_last_as_it_can_be(browser: Any, tmp_path: Path) -> None:
+    """The step next to the one that was chosen, and the population of a run that is shown."""
+    runs = [read_run(write_run(tmp_path / f"every{every}", every=every)) for every in (2, 3)]
+    groups = [RunGroup(run.name, (run,)) for run in runs]
+    write_report(tmp_path / "report.html", groups, title="Two of ES", pngs=False)
+    reader = Reader(browser, (tmp_path / "report.html").as_uri())
+    reader.choose("sample-after", "2")
+    reader.page.select_option("#sample-run", label="every3")
+    assert [reader.page.input_value(f"#sample-{side}") for side in ("before", "after")] == ["0", "3"]
+    reader.page.get_by_role("checkbox", name="every2").uncheck()
+    reader.wait()
+    assert reader.page.text_content("#plot-population .legend li") == "■every3"
     reader.close()
 
 

@@ -74,15 +74,7 @@ def _bars(bars: Bars, axes: Axes) -> None:
     places = np.arange(len(bars.labels))
     left = np.zeros(len(bars.labels))
     for number, (part, values) in enumerate(bars.parts.items()):
-        axes.barh(
-            places,
-            values,
-            0.65,
-            left,
-            color=COLOURS[number % len(COLOURS)],
-            label=_shortened(part, LEGEND_WIDTH - 6),
-            edgecolor="w",
-        )
+        axes.barh(places, values, 0.65, left, color=COLOURS[number % len(COLOURS)], label=_literal(part), edgecolor="w")
         left += np.array(values)
     axes.set_yticks(places, [_shortened(label, LONGEST_LABEL) for label in bars.labels])
     axes.invert_yaxis()
