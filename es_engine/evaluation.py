@@ -42,7 +42,7 @@ def evaluate_center(
 ) -> Evaluation:
     """Evaluate theta itself on problems, `chunk` of them in one engine call. One that comes more than once is asked
     once: its answers again would be no further evidence, and intervals too narrow."""
-    problems = list({(each.example.id, each.prompt, each.example.answer): each for each in problems}.values())
+    problems = list({each.example.problem: each for each in problems}.values())
     results = evaluate(pool, _chunks(len(problems), sampling, chunk), problems, theta, version)
     rewards = np.concatenate([result.rewards[0] for result in results])
     accuracy = np.concatenate([result.accuracy[0] for result in results])

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -24,13 +24,21 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One problem of a task. Either `prompt` (plain text) or `messages` (a chat) is set, never both."""
+    """One problem of a task. Either `prompt` (plain text) or `messages` (a chat) is set, never both. `hidden` is what
+    else makes it the problem that it is, as text: of a game, how it begins."""
 
     id: str
     answer: str
     info: dict[str, Any]
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
+    hidden: str = ""
+
+    @property
+    def problem(self) -> Hashable:
+        """What two examples share exactly where they are the same problem, whatever they are called."""
+        messages = tuple(tuple(sorted(message.items())) for message in self.messages or ())
+        return self.prompt, messages, self.answer, self.hidden
 
 
 @dataclass(frozen=True, slots=True)

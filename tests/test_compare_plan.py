@@ -25,6 +25,18 @@ from es_engine.compare.progress import Progress
 from es_engine.config import load_comparison
 from es_engine.run_folder import RunFolder
 
+LOCK = """
+from rewards.environments import Turn
+
+class Lock:
+    max_turns = 2
+
+    def reset(self, example):
+        return example.info["code"]
+
+    def step(self, state, completion):
+        return Turn(state, "No.", {"solved": 0.0}, done=False, solved=False)
+"""
 SHIPPED = sorted((Path(__file__).parents[1] / "configs/comparisons").glob("*.yaml"))
 
 
@@ -171,6 +183,18 @@ def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:
     rows.write_text("".join(f'{{"numbers": [{number}, 2], "target": {number + 2}}}\n' for number in range(1, 20)))
     with pytest.raises(ValueError, match=r"run.evaluation.problems: got 16, but 12 of these held-out problems are the"):
         check_splits(comparison_of(run={**SHARED, "task": task}, runs={"es": {}}))
+
+
+def test_problems_that_are_numbered_or_open_alike_are_not_the_same(tmp_path: Path) -> None:
+    (tmp_path / "lock.py").write_text(LOCK)
+    rows = tmp_path / "locks.jsonl"
+    task = {"kind": "environment", "environment": f"{tmp_path / 'lock.py'}:Lock", "data": str(rows), "max_tokens": 8}
+    locks = comparison_of(run={**SHARED, "task": task}, runs={"es": {}, "fewer": {"method": {"population": 8}}})
+    rows.write_text("".join(f'{{"id": {n // 2}, "prompt": "Open it.", "code": {n}}}\n' for n in range(400)))
+    check_splits(locks)
+    rows.write_text("".join(f'{{"id": {n}, "prompt": "Open it.", "code": {n % 20}}}\n' for n in range(400)))
+    with pytest.raises(ValueError, match=r"problems: got 16, but \d+ of these held-out problems are the same"):
+        check_splits(locks)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -101,6 +101,20 @@ def test_games_are_the_same_by_what_is_in_them_and_not_by_their_numbers(tmp_path
     assert answers == {"train": {"100", "101", "102", "103"}, "heldout": {"200", "201"}}
 
 
+def test_games_that_open_alike_are_told_apart_by_what_is_hidden(tmp_path: Path) -> None:
+    games = [{"id": number, "prompt": "Open my lock.", "code": number // 2} for number in range(6)]
+    heldout = write_lines(tmp_path / "heldout.jsonl", *games)
+    data = write_lines(tmp_path / "train.jsonl", {"prompt": "Open my lock.", "code": 9})
+    task = EnvironmentTask(environment="guess", data=data, heldout_data=heldout)
+    examples = [task.example("heldout", number) for number in range(6)]
+    assert len({example.problem for example in examples}) == 3
+    assert all(
+        (one.problem == other.problem) == (one.info["code"] == other.info["code"])
+        for one in examples
+        for other in examples
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [

@@ -124,6 +124,12 @@ def test_a_problem_that_comes_again_is_asked_once() -> None:
     alike = replace(few[1], example=replace(few[1].example, id="p0"))  # numbered alike by whoever made the file
     found = evaluate_center(runner, theta, 0, [few[0], alike, few[0]], Sampling(8), chunk=2)
     assert [row["prompt"] for row in found.samples] == ["prompt 0", "prompt 1"]
+    renumbered = replace(few[1], example=replace(few[1].example, id="p9"))
+    found = evaluate_center(runner, theta, 0, [few[0], few[1], renumbered], Sampling(8), chunk=2)
+    assert [row["prompt"] for row in found.samples] == ["prompt 0", "prompt 1"]
+    other_game = replace(few[1], example=replace(few[1].example, hidden="another start"))
+    found = evaluate_center(runner, theta, 0, [few[0], few[1], other_game], Sampling(8), chunk=2)
+    assert [row["prompt"] for row in found.samples] == ["prompt 0", "prompt 1", "prompt 1"]
 
 
 def test_the_best_center_is_not_one_that_few_answers_of_which_can_be_scored() -> None:

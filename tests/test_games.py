@@ -274,7 +274,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> EnvironmentSpec:
 
 @pytest.fixture(scope="module")
 def hostile_scorer(hostile: EnvironmentSpec) -> Iterator[Scorer]:
-    with Scorer(hostile.verifier, deadline=1.0) as scorer:
+    with Scorer(hostile.verifier, deadline=3.0) as scorer:
         yield scorer
 
 

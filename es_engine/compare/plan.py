@@ -24,7 +24,7 @@ from es_engine.compare.held_out import held_out_scores
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
 from es_engine.config.comparison import Setting
 from es_engine.run_folder import RunFolder, is_free, refuse_ways_out, write_text
-from rewards.base import Example, Task
+from rewards.base import Task
 
 Purpose = Literal["tuning", "final"]
 Stage = Literal["absent", "begun", "trained", "finished"]
@@ -206,12 +206,7 @@ def check_splits(comparison: ComparisonConfig) -> None:
 
 def _refuse_repeated(task: Task, test: range) -> None:
     """Each is asked once, so that there would be fewer than the config says; a few less by chance do no harm."""
-    known: set[object] = set()
-    repeated = 0
-    for number in test:
-        identities = set(_identities(task.example("heldout", number)))
-        repeated += not identities.isdisjoint(known)
-        known |= identities
+    repeated = len(test) - len({task.example("heldout", number).problem for number in test})
     if repeated > MOST_REPEATED * len(test):
         raise ValueError(
             f"run.evaluation.problems: got {len(test)}, but {repeated} of these held-out problems are the same as "
@@ -220,18 +215,12 @@ def _refuse_repeated(task: Task, test: range) -> None:
 
 
 def _refuse_shared(task: Task, test: range, validation: range) -> None:
-    known = {identity: number for number in test for identity in _identities(task.example("heldout", number))}
+    known = {task.example("heldout", number).problem: number for number in test}
     for number in validation:
-        shared = next((known[each] for each in _identities(task.example("heldout", number)) if each in known), None)
+        shared = known.get(task.example("heldout", number).problem)
         if shared is not None:
             raise ValueError(
                 f"tuning.problems: got {len(validation)}, but held-out problem {number}, a validation problem, is the "
                 f"same as number {shared}, a test problem: the task has too few held-out problems for "
                 f"{len(test)} (evaluation.problems) and {len(validation)} others"
             )
-
-
-def _identities(example: Example) -> tuple[object, object]:
-    """Two problems are the same if either is equal: the name, or what is asked and answered."""
-    messages = tuple(tuple(sorted(message.items())) for message in example.messages or ())
-    return ("id", example.id), (example.prompt, messages, example.answer)
