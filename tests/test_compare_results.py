@@ -235,6 +235,16 @@ def test_a_limit_that_is_none_is_not_one(tmp_path: Path) -> None:
     assert "4,000 generated tokens, sft also 4 steps." in text
 
 
+def test_of_a_run_in_stages_their_budgets_are_told(tmp_path: Path) -> None:
+    stages = [
+        {"method": {"kind": "sft"}, "budget": {"generations": 2}},
+        {"method": {"kind": "es"}, "budget": {"tokens": 1500}},
+    ]
+    both = {"stages": stages, "optimizer": {"kind": "adam", "lr": 0.1}, "budget": {"generations": 7}}
+    text = next(each.text for each in tables(summarise(finished(tmp_path, runs={"es": {}, "both": both}), tmp_path)))
+    assert "4,000 generated tokens, both in stages of 2 steps and then 1,500 generated tokens." in text
+
+
 def test_grids_show_the_winner(summary: dict[str, Any]) -> None:
     assert [trial["chosen"] for trial in summary["grids"]["es"]] == [True, False]
     assert [trial["setting"] for trial in summary["grids"]["grpo"]] == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 1e-3}]

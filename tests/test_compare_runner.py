@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,20 @@ def test_another_comparison_in_the_same_folder_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="it holds another comparison"):
         compare(comparison(random_llama, tmp_path), undisturbed)
+
+
+def test_a_tracker_that_is_not_installed_ends_a_comparison_before_it_begins(
+    chosen: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = {**chosen.run, "telemetry": {**chosen.run["telemetry"], "wandb": {}}}
+    data = chosen.model_dump(mode="json") | {"run": run}
+    with (
+        patch.object(session, "Pool", side_effect=AssertionError("no run can begin")),
+        pytest.raises(ValueError, match=r"^telemetry.wandb: wandb is not installed; use null, or install it with "),
+    ):
+        compare(parse_comparison(data), tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["comparison.yaml"]
 
 
 def test_a_bad_comparison_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
 from es_engine.run_lock import locked
 from es_engine.session import Session
+from es_engine.telemetry import check_places
 from es_engine.trainer import Notices, begin, conclude, go_on
 from workers.divergence import Diverged
 
@@ -59,6 +60,8 @@ def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> P
 def _run(comparison: ComparisonConfig, folder: Path) -> None:
     notices = Notices()
     first, *others = _every_config(comparison)
+    for config in (first, *others):
+        check_places(config.telemetry)
     console, progress = Console(), Progress(comparison, folder)
     with Session(first, notices, others, gradients=True) as session:
         for trial in _until_done(comparison, folder):

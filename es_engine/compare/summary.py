@@ -29,7 +29,7 @@ from es_engine.compare.statistics import (
     share_interval,
     value_at,
 )
-from es_engine.config import ComparisonConfig
+from es_engine.config import ComparisonConfig, Config
 from es_engine.costs import Measure
 from es_engine.evaluation import pass_at_k
 from es_engine.report.data import method_name
@@ -100,7 +100,8 @@ def _run_data(
         "method": method_name(trial.config.model_dump(mode="json")),
         "trial": trial.number,
         "setting": trial.setting,
-        "own_budget": {name: most for name, most in comparison.runs[run].get("budget", {}).items() if most is not None},
+        "own_budget": _own_budget(comparison, run, trial.config),
+        "stage_budgets": [stage.budget.model_dump(exclude_none=True) for stage in trial.config.stages],
         "diverged": [each.trial.config.seed for each in outcomes if each.diverged],
         "figures": {name: _interval(table, _kind_of_interval(name)) for name, table in tables.items()},
         "observed": _observed(outcomes),
@@ -112,6 +113,12 @@ def _run_data(
         "other_tasks": dict(other_tasks),
         "curves": [_curve(each) for each in outcomes],
     }
+
+
+def _own_budget(comparison: ComparisonConfig, run: str, config: Config) -> Data:
+    """The limits of a run beside those of all; each of its stages has its own instead."""
+    own = {} if config.stages else comparison.runs[run].get("budget", {})
+    return {name: most for name, most in own.items() if most is not None}
 
 
 def _kind_of_interval(figure: str) -> Callable[[Array], Interval]:

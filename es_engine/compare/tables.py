@@ -139,8 +139,14 @@ def _equal_costs(summary: Data) -> Table:
 
 def _limits(summary: Data) -> str:
     """Where runs end."""
-    own = [f"{run} also {_budget(data['own_budget'])}" for run, data in summary["runs"].items() if data["own_budget"]]
-    return ", ".join([_budget(summary["budget"]), *own])
+    runs = summary["runs"].items()
+    own = [f"{run} also {_budget(data['own_budget'])}" for run, data in runs if data["own_budget"]]
+    staged = [
+        f"{run} in stages of {' and then '.join(map(_budget, data['stage_budgets']))}"
+        for run, data in runs
+        if data["stage_budgets"]
+    ]
+    return ", ".join([_budget(summary["budget"]), *own, *staged])
 
 
 def _level(summary: Data) -> str:
