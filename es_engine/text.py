@@ -7,6 +7,7 @@ import re
 import sys
 import unicodedata
 from datetime import timedelta
+from pathlib import Path
 
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 """In the name of an environment variable that holds one."""
@@ -41,6 +42,11 @@ def discreet(text: str) -> str:
         if len(value) >= SHORTEST_SECRET and SECRET.search(name.upper()):
             text = text.replace(value, HIDDEN)
     return text
+
+
+def name_of(path: Path) -> str:
+    """What a file or folder is called, with U+FFFD for what of that is no UTF-8."""
+    return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
 def tell(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -27,7 +28,16 @@ from es_engine.config import dump_config
 from es_engine.report import RunGroup, Table, find_runs, group_runs, read_run
 from es_engine.report.curves import Series, curve, mean_over, thin
 from es_engine.report.data import RunReader, population, step_figures
-from es_engine.report.page import config_differences, content, embedded, page, summary, usual_title
+from es_engine.report.page import (
+    config_differences,
+    content,
+    embedded,
+    page,
+    summary,
+    usual_title,
+    write_report,
+    write_run_report,
+)
 from es_engine.report.plots import Plot, plots
 from es_engine.report.png import write_pngs
 from es_engine.report.samples import samples
@@ -199,6 +209,16 @@ def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
         "grpo-seed0",
         "run (2)",
     ]
+
+
+def test_a_folder_whose_name_is_no_utf8_has_a_report(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", "es", seed=0).rename(tmp_path / os.fsdecode(b"run-\xff"))
+    run = read_run(path)
+    assert run.name == "run-\ufffd"
+    assert "<title>run-\ufffd" in write_run_report(path).read_text(encoding="utf-8")
+    pngs = tmp_path / "report.html"
+    write_report(pngs, group_runs([run]), title=run.name)
+    assert list(tmp_path.glob("report_plots/*.png"))
 
 
 def test_runs_are_found_below_folders_that_may_be_empty_or_missing(runs: Path, tmp_path: Path) -> None:

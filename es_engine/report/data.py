@@ -22,6 +22,7 @@ from es_engine.config import dump_config
 from es_engine.costs import Measure
 from es_engine.ledger import LedgerReader, Line
 from es_engine.run_folder import RunFolder, refuse_ways_out
+from es_engine.text import name_of
 from rewards.trees import flat
 
 Array = npt.NDArray[np.float64]
@@ -133,7 +134,7 @@ class RunReader:
         config = self.folder.load_config()
         steps = len(self._steps)
         return RunData(
-            name=_name(self.folder.path.resolve().name, config.name),
+            name=_name(name_of(self.folder.path), config.name),
             path=self.folder.path,
             config=config.model_dump(mode="json"),
             config_text=dump_config(config),

@@ -23,6 +23,7 @@ from es_engine.report.data import AXES, MEASURES, RunData, RunGroup, group_runs,
 from es_engine.report.plots import Bars, Plot, plots
 from es_engine.report.samples import samples
 from es_engine.run_folder import RunFolder, write_text
+from es_engine.text import name_of
 from rewards.trees import flat
 
 Cell = str | float | None
@@ -72,7 +73,7 @@ def write_report(
 def write_run_report(run: Path) -> Path:
     """Write the page of a run, without PNGs, into its folder; the file."""
     path = RunFolder(run).report
-    write_report(path, group_runs([read_run(run)]), title=run.resolve().name, pngs=False)
+    write_report(path, group_runs([read_run(run)]), title=name_of(run), pngs=False)
     return path
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from es_engine.report.data import RunData, RunReader, find_runs, group_runs
 from es_engine.report.page import content, page
+from es_engine.text import name_of
 
 SHARE_OF_TIME = 0.1
 """Most of one core's time that looking at the runs takes."""
@@ -53,7 +54,7 @@ class LiveRuns:
             return
         started = time.monotonic()
         runs, problems = self._read()
-        title = "Live: " + ", ".join(path.resolve().name for path in self._paths)
+        title = "Live: " + ", ".join(map(name_of, self._paths))
         self._json = json.dumps(content(group_runs(runs), title=title, problems=problems), allow_nan=False)
         self._tag = f'"{hashlib.sha256(self._json.encode()).hexdigest()}"'
         ended = time.monotonic()

@@ -15,6 +15,7 @@ from es_engine.config.telemetry import MlflowConfig
 from es_engine.telemetry.base import Line
 from es_engine.telemetry.scalars import evaluation_scalars, generation_scalars
 from es_engine.telemetry.trackers import remembered_id, required
+from es_engine.text import name_of
 from rewards.trees import flat
 
 MOST_PARAMS, MOST_METRICS = 100, 1000  # in one request, by MLflow's own limits
@@ -44,7 +45,7 @@ class MlflowTelemetry:
     def _begin(self, wanted: MlflowConfig, config: Config, run_dir: Path) -> str:
         experiment = self._client.get_experiment_by_name(wanted.experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(wanted.experiment)
-        run_id: str = self._client.create_run(number, run_name=run_dir.resolve().name).info.run_id
+        run_id: str = self._client.create_run(number, run_name=name_of(run_dir)).info.run_id
         fields = flat(config.model_dump(mode="json"))
         params = [self._entities.Param(name, in_yaml(value)) for name, value in fields]
         for first in range(0, len(params), MOST_PARAMS):

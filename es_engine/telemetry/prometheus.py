@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from es_engine.run_folder import RunFolder
 from es_engine.telemetry.base import Line
 from es_engine.telemetry.metrics import KL_FIGURES, METRICS
+from es_engine.text import name_of
 from workers.canary import CanaryReport
 
 GAUGES = {
@@ -65,7 +66,7 @@ class PrometheusTelemetry(Collector):
         self._workers = workers
         self._values: defaultdict[str, Values] = defaultdict(dict)
         self._lock = threading.Lock()  # the server's threads read what the run's changes
-        self._set("run_info", 1, folder.path.resolve().name)
+        self._set("run_info", 1, name_of(folder.path))
         registry = CollectorRegistry()
         registry.register(self)
         with _refusal_in_words(host, port):

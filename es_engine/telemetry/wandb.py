@@ -13,6 +13,7 @@ from es_engine.config.telemetry import WandbConfig
 from es_engine.telemetry.base import Line
 from es_engine.telemetry.scalars import evaluation_scalars, generation_scalars
 from es_engine.telemetry.trackers import remembered_id, required
+from es_engine.text import name_of
 
 
 class WandbTelemetry:
@@ -31,7 +32,7 @@ class WandbTelemetry:
             mode=wanted.mode,
             dir=str(run_dir),
             id=remembered_id(run_dir, "wandb", lambda: token_hex(8)),
-            name=run_dir.resolve().name,
+            name=name_of(run_dir),
             resume="allow" if wanted.mode == "online" else None,
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(**quiet),
