@@ -135,7 +135,28 @@ def test_a_reward_that_never_changes_is_an_error(value: float) -> None:
         run(auto(probe_pairs=3), FunctionRunner(lambda *_: value, DIM))
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice:RuntimeWarning")
+def test_a_sigma_at_which_answers_cannot_be_scored_is_too_large() -> None:
+    """Of those that can, the mean is as high as the center's, and the spread the largest of all."""
+
+    def reward(theta: Vector, problem: Any, sample: int) -> float:
+        if np.abs(theta).max() < 1.5:  # as all are at 0.1, and none at 1
+            return fragile(theta, problem, sample)
+        return 2 + float(theta[0]) if problem.example.id == "p0" else float("nan")
+
+    found = run(auto(prompts=4), FunctionRunner(reward, DIM))
+    assert found["sigma"] == 0.1
+    assert found["probes"][2]["spread"] > found["probes"][1]["spread"]
+
+
+def test_a_sigma_at_which_nothing_can_be_scored_is_recorded() -> None:
+    def reward(theta: Vector, problem: Any, sample: int) -> float:
+        return fragile(theta, problem, sample) if np.abs(theta).max() < 1.5 else float("nan")
+
+    found = run(auto(), FunctionRunner(reward, DIM))
+    assert (found["sigma"], found["probes"][2]["spread"]) == (0.1, 0.0)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
 def test_a_verifier_that_never_scores_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"method\.sigma: auto found no sigma"):
         run(auto(), FunctionRunner(lambda *_: float("nan"), DIM))

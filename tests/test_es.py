@@ -229,6 +229,30 @@ def test_only_members_without_any_score_are_taken_out() -> None:
     np.testing.assert_array_equal(whole_pairs(rewards, alone), rewards)
 
 
+@pytest.mark.parametrize(
+    ("shaping", "sharing"),
+    [
+        ("per_prompt", "population"),
+        ("zscore", "population"),
+        ("centered_rank", "population"),
+        ("zscore", "pair"),
+        ("centered_rank", "pair"),
+    ],
+)
+def test_nothing_is_gained_by_no_score_where_nobody_is_right(shaping: str, sharing: str) -> None:
+    """A mean over scored problems is the higher for the lack of a hard one, so that ES would learn not to be scored."""
+
+    def reward(theta: Vector, problem: Any, _sample: int) -> float:
+        if int(problem.example.answer) % 2:
+            return 1.0
+        return NAN if theta[0] > 0 else 0.0
+
+    es = method(prompts=2, shaping=shaping, sharing=sharing)
+    found = estimate(es, FunctionRunner(reward, 10), np.zeros(10, dtype=np.float32), 0, 0.1)
+    assert found.record["unscored"] > 0
+    assert (found.direction, found.record["fitness_spread"]) == (None, 0.0)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, NAN])
 def test_a_population_without_spread_makes_no_step(value: float) -> None:
     runner = FunctionRunner(lambda *_: value, 10)

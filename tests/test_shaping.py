@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import rankdata
 
-from es_engine.methods.shaping import Shaping, centered_ranks, fitness, shape, spread
+from es_engine.methods.shaping import Shaping, centered_ranks, fitness, shape, spread, with_means
 
 Array = npt.NDArray[np.float64]
+NAN = float("nan")
 SHAPINGS: tuple[Shaping, ...] = get_args(Shaping)
 
 # Few different values, so that ties are common; NaN is a rollout without a score.
@@ -101,6 +102,16 @@ def test_small_differences_of_rewards_of_any_size_count(size: float) -> None:
     weights = shape(rewards, "centered_rank")
     assert weights is not None
     np.testing.assert_allclose(weights, [0, 0.5, -0.5])
+
+
+def test_a_missing_score_is_the_mean_of_those_who_answered_the_same() -> None:
+    rewards = np.array([[1.0, NAN], [NAN, 2.0], [3.0, NAN], [8.0, 4.0], [NAN, NAN], [0.0, NAN]])
+    everyone = with_means(rewards, sharers=6)
+    np.testing.assert_array_equal(everyone, [[1, 3], [3, 2], [3, 3], [8, 4], [NAN, NAN], [0, 3]])
+    pairs = with_means(rewards, sharers=2)
+    np.testing.assert_array_equal(pairs, [[1, 2], [1, 2], [3, 4], [8, 4], [NAN, NAN], [0, NAN]])
+    np.testing.assert_array_equal(with_means(rewards, sharers=1), rewards)
+    assert np.isnan(rewards).sum() == 6, "the rewards themselves are as they were"
 
 
 def test_zscore() -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from es_engine.ledger import Line, read_samples
 from es_engine.methods.rollouts import mean_of_samples
+from es_engine.methods.shaping import with_lowest
 from es_engine.run_folder import RunFolder
 
 Array = npt.NDArray[np.float64]
@@ -29,14 +30,7 @@ def held_out_scores(folder: RunFolder, evaluations: Sequence[Line]) -> tuple[Arr
     accuracy = [problem_accuracy(*each) for each in rows]
     known = [each for each in accuracy if each is not None]
     table = np.stack([np.zeros_like(known[0]) if each is None else each for each in accuracy]) if known else None
-    return filled(np.stack([problem_rewards(*each) for each in rows])), table
-
-
-def filled(rewards: Array) -> Array:
-    """Rewards, (E, P) or any other shape, with the lowest of them all where there is none, zeros where nothing has
-    one. Were such problems left out, a model that gives few answers which can be scored might seem the best."""
-    scored = rewards[~np.isnan(rewards)]
-    return np.where(np.isnan(rewards), scored.min() if len(scored) else 0.0, rewards)
+    return with_lowest(np.stack([problem_rewards(*each) for each in rows])), table
 
 
 def problem_rewards(rows: Sequence[Row], samples: int) -> Array:

@@ -14,7 +14,6 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from es_engine.compare.held_out import filled
 from es_engine.compare.measures import BeforeAndAfter, Scores
 from es_engine.compare.outcome import Outcome, read_outcome
 from es_engine.compare.plan import Choice, TrialResult, choose, final_trials, tuning_results
@@ -32,6 +31,7 @@ from es_engine.compare.statistics import (
 from es_engine.config import ComparisonConfig, Config
 from es_engine.costs import Measure
 from es_engine.evaluation import pass_at_k
+from es_engine.methods.shaping import with_lowest
 from es_engine.report.data import method_name
 
 Array = npt.NDArray[np.float64]
@@ -227,7 +227,7 @@ def _other_task(outcomes: Mapping[str, Sequence[Outcome]], name: str) -> Data:
 
 def _change(both: Sequence[BeforeAndAfter], by_accuracy: bool) -> Data:
     """Ability before and after, and the change, paired over problems."""
-    before, after = filled(
+    before, after = with_lowest(
         np.array([[_of_task(getattr(each, when), by_accuracy) for each in both] for when in ("before", "after")])
     )
     interval = share_interval if by_accuracy else mean_interval

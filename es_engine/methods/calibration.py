@@ -39,7 +39,8 @@ class Probe:
 def calibrate(
     method: EvolutionStrategies, pool: CallRunner, theta: Any, version: int, batch: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Try every probe sigma on the first prompts of the batch. The ledger's record of it, with the chosen `sigma`."""
+    """Try every probe sigma on the first prompts of the batch. The ledger's record of it, with the chosen `sigma`. An
+    answer without a score has the lowest, for one far from the center may be too broken to be scored."""
     config = method.config
     size = config.probe_pairs * 2
     probe = method.with_population(size)
@@ -47,11 +48,11 @@ def calibrate(
     groups = [probe.chunks(PROBES, sigma) for sigma in config.probe_sigmas]
     everything = [center, *(chunk for group in groups for chunk in group)]
     measured = probe.fitness.measure(pool, everything, batch, theta, version)
-    center_mean = float(np.nanmean(measured.fitness[0]))
-    values = shaping.fitness(measured.fitness[1:]).reshape(len(groups), size)
+    values = shaping.with_lowest(measured.fitness).mean(axis=1)
+    center_mean = float(values[0])
     probes = [
-        Probe(sigma, float(np.nanmean(row)), shaping.spread(row) or 0.0, size)
-        for sigma, row in zip(config.probe_sigmas, values, strict=True)
+        Probe(sigma, float(row.mean()), shaping.spread(row) or 0.0, size)
+        for sigma, row in zip(config.probe_sigmas, values[1:].reshape(len(groups), size), strict=True)
     ]
     return {
         "sigma": choose(probes, center_mean),

@@ -108,7 +108,7 @@ class EvolutionStrategies:
             "members": [[member.pair, member.sign] for chunk in chunks for member in chunk.members],
             "chunks": [len(chunk.members) for chunk in chunks],
             "prompts": [problem.example.id for problem in batch],
-            "fitness_spread": shaping.spread(shaping.fitness(measured.fitness)),
+            "fitness_spread": shaping.spread(shaping.fitness(self._with_means(measured.fitness))),
             **measured.record,
         }
         if given_up := [place for place, result in enumerate(measured.results) if result.absent]:
@@ -200,7 +200,7 @@ class EvolutionStrategies:
         noise_sums: Callable[[Sequence[tuple[Chunk, list[float]]]], Iterable[Vector]],
     ) -> Vector | None:
         everyone = [member for chunk in chunks for member in chunk.members]
-        fitness = whole_pairs(np.array(_compared(record), dtype=np.float64), everyone)
+        fitness = whole_pairs(self._with_means(np.array(_compared(record), dtype=np.float64)), everyone)
         weights = shaping.shape(fitness, self.config.shaping)
         if weights is None:
             return None
@@ -215,6 +215,9 @@ class EvolutionStrategies:
         present = int((~np.isnan(shaping.fitness(fitness))).sum())
         total *= np.float32(sigma / present)
         return total
+
+    def _with_means(self, fitness: Array) -> Array:
+        return shaping.with_means(fitness, populations.sharers(self.config))
 
 
 def _compared(record: dict[str, Any]) -> list[list[float | None]]:

@@ -18,13 +18,17 @@ def members(count: int, mirrored: bool) -> list[Member]:
 
 def batch_size(method: EsMethodConfig) -> int:
     """How many different prompts a generation needs."""
-    sharers = {"population": method.population, "pair": 2, "member": 1}[method.sharing]
-    return method.prompts * method.population // sharers
+    return method.prompts * method.population // sharers(method)
+
+
+def sharers(method: EsMethodConfig) -> int:
+    """How many members, one after the other, answer the same prompts."""
+    return {"population": method.population, "pair": 2, "member": 1}[method.sharing]
 
 
 def places(method: EsMethodConfig, member: int) -> tuple[int, ...]:
     """The places in the generation's batch of the prompts that member number `member` answers."""
-    group = {"population": 0, "pair": member // 2, "member": member}[method.sharing]
+    group = member // sharers(method)
     return tuple(range(group * method.prompts, (group + 1) * method.prompts))
 
 

@@ -22,6 +22,26 @@ def fitness(rewards: Array) -> Array:
     return np.divide(sums, counts, out=np.full(len(rewards), np.nan), where=counts > 0)
 
 
+def with_means(rewards: Array, sharers: int) -> Array:
+    """Rewards in which a missing score is the mean of those that the same problem got: so many members side by side
+    answer the same problems. To go without a score is then neither good nor bad, as in GRPO; a mean over what is scored
+    would be the higher for the lack of a problem that nobody solves. Members without any score stay as they are, and so
+    does a problem without one."""
+    groups = rewards.reshape(-1, sharers, rewards.shape[1])
+    scored = ~np.isnan(groups)
+    counts = np.broadcast_to(scored.sum(axis=1, keepdims=True), groups.shape)
+    sums = np.where(scored, groups, 0.0).sum(axis=1, keepdims=True)
+    missing = ~scored & scored.any(axis=2, keepdims=True) & (counts > 0)
+    return np.divide(sums, counts, out=groups.copy(), where=missing).reshape(rewards.shape)
+
+
+def with_lowest(rewards: Array) -> Array:
+    """Rewards, of any shape, with the lowest of them all where there is none, zeros where nothing has one. Were such
+    left out, what gives few answers that can be scored might seem the best."""
+    scored = rewards[~np.isnan(rewards)]
+    return np.where(np.isnan(rewards), scored.min() if len(scored) else 0.0, rewards)
+
+
 def shape(rewards: Array, shaping: Shaping) -> Array | None:
     """The members' weights, zero for members without a score; None where the population has no spread to learn from."""
     values = fitness(_centred_on_prompts(rewards) if shaping == "per_prompt" else rewards)
