@@ -135,10 +135,26 @@ def tokens_of(transcript: Transcript) -> tuple[int, ...]:
     return transcript.completion.token_ids
 
 
-def test_a_step_whose_rewards_are_all_equal_leaves_theta_alone(random_llama: Path) -> None:
-    found = materials_of(random_llama, DPO, task={"weights": {"format": 0, "numbers": 0, "solved": 0}})
+ROUNDED = """
+def rounded(rollout):
+    return 0.1 + 0.2 if rollout.completion < "M" else 0.3
+"""
+
+
+@pytest.mark.parametrize("rewards", ["equal", "equal but for rounding"])
+def test_a_step_whose_rewards_are_all_equal_leaves_theta_alone(
+    random_llama: Path, tmp_path: Path, rewards: str
+) -> None:
+    (tmp_path / "verifier.py").write_text(ROUNDED)
+    task = {
+        "equal": {"weights": {"format": 0, "numbers": 0, "solved": 0}},
+        "equal but for rounding": {"verifier": f"{tmp_path}/verifier.py:rounded"},
+    }[rewards]
+    found = materials_of(random_llama, DPO, task=task)
     theta, (report,) = climb(found, LocalPool(found), 1, 0.1)
     np.testing.assert_array_equal(theta, found.space.start())
+    values = {reward for row in report.record["rewards"] for reward in row}
+    assert len(values) == (1 if rewards == "equal" else 2)
     assert (report.record["pairs"], report.record["constant_groups"], report.record["learning"]) == (0, 8, {})
 
 

@@ -23,6 +23,7 @@ from es_engine.methods import policy
 from es_engine.methods.base import CallRunner, Directions, Problems, Report
 from es_engine.methods.gradients import Gradient
 from es_engine.methods.rollouts import figures, total_costs
+from es_engine.methods.shaping import without_rounding_errors
 from es_engine.methods.updates import GRADIENT_SLOTS, Updates
 from rewards.demonstrations import read_preferences
 from rewards.problems import EpochOrder
@@ -129,7 +130,8 @@ def _rolled_out(batch: int, chunk: int, sampling: Sampling) -> PairSource:
         asked = problems("train", range(step * batch, (step + 1) * batch))
         rollouts = policy.roll_out(pool, theta, step, asked, sampling, chunk)
         samples = []
-        for prompt, rewards in enumerate(rollouts.rewards):
+        largest = np.abs(np.nan_to_num(rollouts.rewards)).max()
+        for prompt, rewards in enumerate(without_rounding_errors(rollouts.rewards, largest)):
             if not np.nanmax(rewards, initial=-np.inf) > np.nanmin(rewards, initial=np.inf):
                 continue
             for place in (np.nanargmax(rewards), np.nanargmin(rewards)):

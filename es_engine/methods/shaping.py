@@ -46,7 +46,7 @@ def shape(rewards: Array, shaping: Shaping) -> Array | None:
     """The members' weights, zero for members without a score; None where the population has no spread to learn from."""
     values = fitness(_centred_on_prompts(rewards) if shaping == "per_prompt" else rewards)
     present = ~np.isnan(values)
-    scored = _without_rounding_errors(values[present], largest=np.abs(np.nan_to_num(rewards)).max())
+    scored = without_rounding_errors(values[present], largest=np.abs(np.nan_to_num(rewards)).max())
     if len(scored) < 2 or np.ptp(scored) == 0:
         return None
     weights = np.zeros(len(values))
@@ -59,8 +59,15 @@ def spread(values: Array) -> float | None:
     scored = values[~np.isnan(values)]
     if len(scored) == 0:
         return None
-    settled = _without_rounding_errors(scored, largest=np.abs(scored).max())
+    settled = without_rounding_errors(scored, largest=np.abs(scored).max())
     return float(np.std(settled - settled[0]))
+
+
+def without_rounding_errors(values: Array, largest: float) -> Array:
+    """Values, of any shape, to 40 bits of the largest reward: means of the same rewards, or sums of parts, in another
+    order must tie."""
+    unit = np.ldexp(1.0, max(np.frexp(largest)[1] - 40, -1000))  # a power of two, so that dividing by it is exact
+    return np.asarray(np.round(values / unit) * unit)
 
 
 def _transform(values: Array, shaping: Shaping) -> Array:
@@ -77,12 +84,6 @@ def centered_ranks(values: Array) -> Array:
     last = np.cumsum(counts) - 1
     mean_rank = last - (counts - 1) / 2
     return np.asarray(mean_rank[group] / (len(values) - 1) - 0.5)
-
-
-def _without_rounding_errors(values: Array, largest: float) -> Array:
-    """Values to 40 bits of the largest reward: means of the same rewards, summed in another order, must tie."""
-    unit = np.ldexp(1.0, max(np.frexp(largest)[1] - 40, -1000))  # a power of two, so that dividing by it is exact
-    return np.asarray(np.round(values / unit) * unit)
 
 
 def _centred_on_prompts(rewards: Array) -> Array:
