@@ -70,10 +70,12 @@ def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Pat
     """Rebuild theta after `step` steps from config, base model and ledger alone, or from a checkpoint where a method
     took gradients; the folder of its adapter.
 
-    Raises ValueError if the run has no such step, or no checkpoint where it needs one, or if the model or the ledger is
-    not what it was.
+    Raises ValueError if the run has no such step, or no checkpoint where it needs one, if the model or the ledger is
+    not what it was, or if `out` exists already.
     """
     folder = RunFolder.existing(Path(run_dir))
+    if out is not None and Path(out).exists():
+        raise ValueError(f"{out}: exists already; give another folder")
     ledger = folder.open_ledger()
     if not 0 <= step <= len(ledger.generations):
         raise ValueError(f"--step: {run_dir} has steps 0 to {len(ledger.generations)}, not {step}")

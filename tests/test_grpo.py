@@ -290,6 +290,10 @@ def test_two_workers_and_a_killed_driver_change_nothing(undisturbed: Path, folde
 
 
 def test_replay_gives_what_was_kept_and_says_what_that_is(undisturbed: Path, folder: Path) -> None:
+    before = (undisturbed / "ledger.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="exists already; give another folder"):
+        replay(undisturbed, STEPS, undisturbed)
+    assert (undisturbed / "ledger.jsonl").read_bytes() == before
     replayed = replay(undisturbed, STEPS, folder / "replayed")
     name = "adapter_model.safetensors"
     assert (replayed / name).read_bytes() == (undisturbed / "adapter" / name).read_bytes()
