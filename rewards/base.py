@@ -24,8 +24,8 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One problem of a task. Either `prompt` (plain text) or `messages` (a chat) is set, never both. `hidden` is what
-    else makes it the problem that it is, as text: of a game, how it begins."""
+    """One problem of a task. Either `prompt` (plain text) or `messages` (a chat) is set, never both. `hidden` stands
+    for what else makes it the problem that it is: of a game, a hash of how it begins."""
 
     id: str
     answer: str

@@ -52,12 +52,12 @@ class EnvironmentTask:
         `info` is the row, the answer its `answer` as text, the name its `id` or, without one, a hash of the row.
         """
         row = self._problems.row(split, index)
-        key = problem_key(row)
-        name = digest(key).hex()[:12] if row.get("id") is None else str(row["id"])
+        mark = digest(problem_key(row)).hex()
+        name = mark[:12] if row.get("id") is None else str(row["id"])
         answer = "" if row.get("answer") is None else str(row["answer"])
         if "messages" in row:
-            return Example(name, answer, row, messages=tuple(row["messages"]), hidden=key)
-        return Example(name, answer, row, prompt=row["prompt"], hidden=key)
+            return Example(name, answer, row, messages=tuple(row["messages"]), hidden=mark)
+        return Example(name, answer, row, prompt=row["prompt"], hidden=mark)
 
     def worked_policy(self, example: Example) -> Policy:
         """Says the texts of the row's `worked` one after the other or, in their place, its answer. Raises ValueError

@@ -130,8 +130,7 @@ def _rolled_out(batch: int, chunk: int, sampling: Sampling) -> PairSource:
         asked = problems("train", range(step * batch, (step + 1) * batch))
         rollouts = policy.roll_out(pool, theta, step, asked, sampling, chunk)
         samples = []
-        largest = np.abs(np.nan_to_num(rollouts.rewards)).max()
-        for prompt, rewards in enumerate(without_rounding_errors(rollouts.rewards, largest)):
+        for prompt, rewards in enumerate(without_rounding_errors(rollouts.rewards, rollouts.rewards)):
             if not np.nanmax(rewards, initial=-np.inf) > np.nanmin(rewards, initial=np.inf):
                 continue
             for place in (np.nanargmax(rewards), np.nanargmin(rewards)):

@@ -148,7 +148,7 @@ def mean_components(results: Sequence[ChunkResult]) -> dict[str, float | None]:
 
 def constant_rows(rewards: Array) -> int:
     """How many rows of rewards hold no two that differ by more than rounding, those that are NaN left out."""
-    rewards = shaping.without_rounding_errors(rewards, np.abs(np.nan_to_num(rewards)).max())
+    rewards = shaping.without_rounding_errors(rewards, rewards)
     highest, lowest = np.nanmax(rewards, axis=1, initial=-np.inf), np.nanmin(rewards, axis=1, initial=np.inf)
     return int((highest <= lowest).sum())
 

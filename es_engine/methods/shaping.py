@@ -46,7 +46,7 @@ def shape(rewards: Array, shaping: Shaping) -> Array | None:
     """The members' weights, zero for members without a score; None where the population has no spread to learn from."""
     values = fitness(_centred_on_prompts(rewards) if shaping == "per_prompt" else rewards)
     present = ~np.isnan(values)
-    scored = without_rounding_errors(values[present], largest=np.abs(np.nan_to_num(rewards)).max())
+    scored = without_rounding_errors(values[present], rewards)
     if len(scored) < 2 or np.ptp(scored) == 0:
         return None
     weights = np.zeros(len(values))
@@ -59,13 +59,14 @@ def spread(values: Array) -> float | None:
     scored = values[~np.isnan(values)]
     if len(scored) == 0:
         return None
-    settled = without_rounding_errors(scored, largest=np.abs(scored).max())
+    settled = without_rounding_errors(scored, scored)
     return float(np.std(settled - settled[0]))
 
 
-def without_rounding_errors(values: Array, largest: float) -> Array:
+def without_rounding_errors(values: Array, rewards: Array) -> Array:
     """Values, of any shape, to 40 bits of the largest reward: means of the same rewards, or sums of parts, in another
     order must tie."""
+    largest = np.abs(np.nan_to_num(rewards)).max()
     unit = np.ldexp(1.0, max(np.frexp(largest)[1] - 40, -1000))  # a power of two, so that dividing by it is exact
     return np.asarray(np.round(values / unit) * unit)
 
