@@ -12,6 +12,7 @@ import torch
 
 from es_engine.config import Config
 from es_engine.costs import Costs
+from es_engine.data import fingerprints, refuse_changed
 from es_engine.ledger import Ledger, Line, fingerprint, innermost_difference, running_costs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
@@ -99,6 +100,7 @@ def restore(stages: Stages, folder: RunFolder, ledger: Ledger) -> State:
     if not ledger.lines:
         return beginning(stages[0])
     _check_header(stages, ledger)
+    refuse_changed(ledger.header.get("data", {}), fingerprints([stages.config]), folder.path, "run")
     state = _at_the_end(_past(ledger), stages, folder)
     if state.step < len(ledger.generations):
         raise ValueError(
@@ -225,6 +227,7 @@ def header(stages: Stages, state: State) -> Line:
         "kind": "run",
         "config": config.model_dump(mode="json", exclude=left_out),
         "model": materials.model_fingerprint,
+        "data": fingerprints([config]),
         **({"teacher": teacher.fingerprint} if teacher else {}),
         "dim": materials.space.dim,
         "theta": fingerprint(state.theta),
@@ -232,9 +235,11 @@ def header(stages: Stages, state: State) -> Line:
 
 
 def _check_header(stages: Stages, ledger: Ledger) -> None:
-    """Raises ValueError, naming the difference, unless the ledger belongs to this config and this base model."""
+    """Raises ValueError, naming the difference, unless the ledger belongs to this config and this base model. Its data
+    may be another, for what is past."""
     stages.config.stage_after(len(ledger.stages))
     expected, found = header(stages, beginning(stages[0])), dict(flat(ledger.header))
+    del expected["data"]
     if found.get("kind") != "run":
         raise ValueError(f"{ledger.path}: the first line is not a run's")
     for key, value in flat(expected):

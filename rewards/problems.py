@@ -12,6 +12,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -212,6 +213,22 @@ def read_source(source: str, field: str) -> list[tuple[str, Any]]:
     return _hub_records(source, field) if source.startswith(HUB) else read_records(Path(source), field)
 
 
+def fingerprint(source: str, field: str) -> str:
+    """A hash of all that a file, a folder of JSON files or a hub data set holds, by which to tell that it has changed.
+    Raises ValueError naming `field` and source where there is none."""
+    if source.startswith(HUB):
+        return _hub_fingerprint(source, field)
+    path = Path(source)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    whole = hashlib.blake2b(digest_size=16)
+    for each in files:
+        if not each.is_file():
+            raise ValueError(f"{field}: no file {each}")
+        with each.open("rb") as file:
+            whole.update(each.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+    return whole.hexdigest()
+
+
 def read_text(path: Path, field: str) -> str:
     """What a file holds. Raises ValueError naming `field` and file."""
     if not path.is_file():
@@ -274,6 +291,11 @@ def _hub_records(source: str, field: str) -> list[tuple[str, Any]]:
     except Exception as error:  # hub, network, cache and parsers raise kinds of their own
         raise ValueError(f"{field}: {source} cannot be loaded: {type(error).__name__}: {error}") from error
     return [(f"{field}: {source}, row {number}", _plain(row)) for number, row in enumerate(rows, 1)]
+
+
+@cache
+def _hub_fingerprint(source: str, field: str) -> str:
+    return digest(*(json.dumps(record) for _, record in _hub_records(source, field))).hex()
 
 
 def _plain(row: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ FLOORS = {
     "es_engine.trainer": 4,
     "es_engine.past": 4,
     "es_engine.compare": 4,
+    "es_engine.data": 4,
     "es_engine.telemetry": 4,
     "es_engine.report": 4,
     "es_engine.doctor": 4,

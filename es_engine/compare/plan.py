@@ -3,6 +3,7 @@
 A comparison's folder:
 
     comparison.yaml         what is compared
+    data.json               hashes of the data sets that it names
     tuning/RUN/trial-02/    a run folder for each trial of a grid, evaluated on the validation split
     runs/RUN/seed-1/        a run folder for each final run, evaluated on the test split, with its measures.json
 
@@ -14,6 +15,7 @@ What is done is told from the folders alone, so a comparison that was killed goe
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 from es_engine.compare.held_out import held_out_scores
-from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
+from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison, on_other_task
 from es_engine.config.comparison import Setting
+from es_engine.data import fingerprints, refuse_changed
 from es_engine.run_folder import RunFolder, is_free, refuse_ways_out, write_text
 from rewards.base import Task
 
@@ -31,6 +34,7 @@ Stage = Literal["absent", "begun", "trained", "finished"]
 
 MEASURES_FILE = "measures.json"
 CONFIG_FILE = "comparison.yaml"
+DATA_FILE = "data.json"
 MOST_REPEATED = 0.05
 """The share of test problems that may be the same as others."""
 
@@ -175,22 +179,38 @@ def _merit(result: TrialResult) -> tuple[bool, float, float]:
     return not result.diverged, reward, accuracy
 
 
+def every_config(comparison: ComparisonConfig) -> list[Config]:
+    """Everything that the pool may have to serve, apart from seeds."""
+    stages = [
+        stage
+        for run in comparison.runs
+        for number in range(1, 1 + len(comparison.settings(run)))
+        for stage in comparison.trial(run, number).by_stage
+    ]
+    return [*stages, *(on_other_task(stages[0], task) for task in comparison.other_tasks.values())]
+
+
 def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed, and
     all of it where no run has begun.
 
-    Raises ValueError if it holds another comparison, or something else.
+    Raises ValueError if it holds another comparison, one of other data, or something else.
     """
-    file = folder / CONFIG_FILE
+    file, data_file = folder / CONFIG_FILE, folder / DATA_FILE
+    data = fingerprints(every_config(comparison))
     if file.is_file():
         refuse_ways_out(folder)
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
         begun = any((folder / part).exists() for part in ("tuning", "runs"))
         if begun and load_comparison(file).model_copy(update=free) != comparison:
             raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")
+        if begun:
+            known = json.loads(data_file.read_text()) if data_file.is_file() else {}
+            refuse_changed(known, data, folder, "comparison")
     elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
     write_text(file, dump_comparison(comparison))
+    write_text(data_file, json.dumps(data, indent=2) + "\n")
 
 
 def check_splits(comparison: ComparisonConfig) -> None:
