@@ -16,6 +16,7 @@ from es_engine.config import (
     SudokuTaskConfig,
     TinyModelConfig,
     dump_comparison,
+    dump_config,
     load_comparison,
     on_other_task,
     parse_comparison,
@@ -126,6 +127,18 @@ def test_the_stages_of_a_run_share_its_budget() -> None:
             },
             "runs.both.grid.optimizer.lr: got [1.0, 2.0], accepted is nothing: every stage has optimizer of its own",
         ),
+        (
+            {
+                "runs": {
+                    "es": {},
+                    "both": {
+                        "stages": [{"optimizer": ADAM, "budget": {"tokens": 9}}] * 2,
+                        "budget": {"generations": 7},
+                    },
+                }
+            },
+            'runs.both.budget: got {"generations": 7}, accepted is nothing: every stage has a budget of its own',
+        ),
         ({"runs": {"es": {"grid": {"optimizer.lr.": [1.0, 2.0]}}}}, "optimizer.lr.: a name with an empty part"),
         ({"seeds": [1, 1]}, "seeds: got [1, 1], accepted is seeds that differ"),
         ({"tuning": {"seed": 3}}, "tuning.seed: got 3, accepted is a seed that is not among seeds"),
@@ -136,6 +149,63 @@ def test_the_stages_of_a_run_share_its_budget() -> None:
 )
 def test_what_is_no_fair_comparison_is_refused_by_the_place(fields: dict[str, Any], sentence: str) -> None:
     assert refusal(**fields).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("run", "grid", "trials"),
+    [
+        ({}, {"evaluation.every": [1, 2]}, "1 and 2"),
+        ({}, {"telemetry.prometheus_port": [1, 2]}, "1 and 2"),
+        ({}, {"optimizer": [{"lr": 1.0}, {"lr": 1.0, "kind": "sgd"}]}, "1 and 2"),
+        ({}, {"optimizer.lr": [1.0, 2.0], "optimizer": [{"lr": 3.0}, {"lr": 4.0}]}, "1 and 3"),
+        ({}, {"optimizer.lr": [1.0, 2.0], "telemetry.prometheus_port": [1, 2]}, "1 and 2"),
+        ({"method": {"sigma": 0.1}}, {"method.probe_pairs": [1, 2]}, "1 and 2"),
+        (GRPO | {"optimizer": ADAM}, {"method.scale_rewards": [None, "none", "std"]}, "1 and 3"),
+        (
+            {"method": {"kind": "dpo", "data": "pairs.jsonl"}, "optimizer": ADAM, "budget": {"generations": 2}},
+            {"method.samples": [2, 4]},
+            "1 and 2",
+        ),
+        (
+            {"stages": [{"method": {"kind": "es"}, "budget": {"tokens": 9}}], "method": {"kind": "es"}},
+            {"method.population": [2, 4]},
+            "",
+        ),
+    ],
+)
+def test_a_grid_of_which_two_trials_are_one_is_refused(run: dict[str, Any], grid: dict[str, Any], trials: str) -> None:
+    sentence = refusal(runs={"only": run | {"grid": grid}})
+    assert sentence.startswith("runs.only.grid")
+    assert sentence.endswith(
+        f"accepted is settings that differ in training, which those of trials {trials} do not"
+        if trials
+        else "accepted is nothing: every stage has method of its own, so that all trials are one"
+    )
+
+
+def test_what_a_method_uses_may_be_in_its_grid() -> None:
+    grids = [
+        ({}, {"method.probe_pairs": [1, 2]}),
+        (GRPO | {"optimizer": ADAM}, {"method.scale_rewards": ["none", "std"]}),
+        ({"method": {"kind": "dpo"}, "optimizer": ADAM}, {"method.samples": [2, 4]}),
+        ({"stages": [{"budget": {"tokens": 9}}, {"budget": {"tokens": 8}}]}, {"method.population": [2, 4]}),
+    ]
+    for run, grid in grids:
+        assert len(comparison_of(runs={"only": run | {"grid": grid}}).settings("only")) == 2
+
+
+def test_seeds_may_have_that_of_the_trials_where_there_are_none() -> None:
+    assert comparison_of(runs={"es": {}}, seeds=[0, 1, 2]).seeds == (0, 1, 2)
+
+
+def test_the_config_of_a_run_does_not_bring_its_space_seed(tmp_path: Path) -> None:
+    """As `dump_config` writes it, which has every field: all seeds would draw the same factor."""
+    first = comparison_of().final("es", {}, 7)
+    (tmp_path / "config.yaml").write_text(dump_config(first))
+    comparison = comparison_of(run=str(tmp_path / "config.yaml"), runs={"es": {}})
+    assert [comparison.final("es", {}, seed).space.seed for seed in (1, 2)] == [1, 2]
+    fixed = comparison_of(run={"extends": str(tmp_path / "config.yaml"), "space": {"seed": 5}}, runs={"es": {}})
+    assert fixed.final("es", {}, 1).space.seed == 5
 
 
 def test_another_task_must_suit_the_runs() -> None:
@@ -192,6 +262,30 @@ def test_overrides_reach_every_part(tmp_path: Path) -> None:
     overrides = ["budget.tokens=7", "run.task.max_tokens=9", "runs.es.grid.optimizer.lr=[1.0, 2.0]"]
     config = load_comparison(path, overrides).trial("es", 2)
     assert (config.budget.tokens, config.task.max_tokens, config.optimizer.lr) == (7, 9, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("runs.gpro.optimizer.lr=0.1", "there is no runs.gpro, accepted are runs.es, runs.grpo"),
+        ("other_tasks.logic.seed=1", "there is no other_tasks.logic, accepted are none, for there are no other_tasks"),
+    ],
+)
+def test_an_override_of_a_run_that_is_not_there_is_refused(tmp_path: Path, override: str, sentence: str) -> None:
+    path = tmp_path / "comparison.yaml"
+    path.write_text(dump_comparison(comparison_of()))
+    with pytest.raises(ConfigError) as error:
+        load_comparison(path, [override])
+    assert str(error.value) == f"override {override}: {sentence}"
+
+
+def test_an_override_may_add_a_whole_run(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.yaml"
+    path.write_text(dump_comparison(comparison_of(runs={"es": {}})))
+    overrides = ["runs.wide={method: {population: 64}}", "other_tasks.game={kind: guess}"]
+    comparison = load_comparison(path, overrides)
+    assert list(comparison.runs) == ["es", "wide"]
+    assert list(comparison.other_tasks) == ["game"]
 
 
 def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from es_engine.config.loading import (
     read_tree,
     with_absolute_paths,
 )
+from es_engine.config.method import as_used
 from es_engine.config.model import TinyModelConfig
 from es_engine.config.root import Config, Name, generates
 from es_engine.config.tasks import TaskConfig
@@ -46,6 +47,8 @@ Setting = dict[str, Any]
 
 OUTSIDE = ("name", "seed", "budget")
 """What a comparison gives its runs itself."""
+UNUSED = {"name", "telemetry", "evaluation"}
+"""What does nothing to a trial, which is evaluated at its start and its end alone."""
 SHARED = ("model", "task", "pool", "engine", "evaluation", "space.rank", "space.targets")
 """What one pool serves all runs with, and what they are measured by."""
 OWN = ("evaluation.every",)
@@ -58,7 +61,7 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 class TuningConfig(ConfigModel):
     """How the best setting of each grid is found."""
 
-    seed: Seed = Field(default=0, description="Seed of all trials of the grids; none of the final runs has it.")
+    seed: Seed = Field(default=0, description="Seed of all trials of the grids; none of the final runs has it then.")
     problems: PositiveInt = Field(
         default=128,
         description="Problems of the validation split: the held-out problems that follow those of evaluation.problems.",
@@ -142,8 +145,6 @@ class ComparisonConfig(ConfigModel):
                 raise problem(where, name, "names of up to 60 letters, digits, dots, dashes and underscores")
         if len(set(self.seeds)) < len(self.seeds):
             raise problem("seeds", self.seeds, "seeds that differ")
-        if self.tuning.seed in self.seeds:
-            raise problem("tuning.seed", self.tuning.seed, "a seed that is not among seeds")
         return self
 
     @model_validator(mode="after")
@@ -187,6 +188,8 @@ class ComparisonConfig(ConfigModel):
             raise ValueError(
                 f"runs: grids of unequal size ({given}), accepted is the same number of trials for each run"
             )
+        if self.tunes and self.tuning.seed in self.seeds:
+            raise problem("tuning.seed", self.tuning.seed, "a seed that is not among seeds")
         return self
 
     @model_validator(mode="after")
@@ -199,6 +202,8 @@ class ComparisonConfig(ConfigModel):
                 accepted = f"that of runs.{first}, {in_yaml(expected)}, for one pool serves all"
                 raise problem(f"runs.{run}.{path}", value, accepted)
             self._check_stages(run, config)
+        for run, each in configs.items():
+            self._refuse_equal_trials(run, each)
         for name, task in self.other_tasks.items():
             try:
                 on_other_task(reference, task)
@@ -207,8 +212,23 @@ class ComparisonConfig(ConfigModel):
                 raise ConfigError("\n".join(f"other_tasks.{name}.{line}" for line in lines)) from error
         return self
 
+    def _refuse_equal_trials(self, run: str, configs: Sequence[Config]) -> None:
+        """Raises ValueError where two settings of a grid come to the same training: another run had more to choose
+        from."""
+        trained = [
+            [each.model_copy(update={"method": as_used(each.method)}).model_dump(exclude=UNUSED) for each in by_stage]
+            for by_stage in (config.by_stage for config in configs)
+        ]
+        for (number, one), (other, two) in combinations(enumerate(trained, start=1), 2):
+            if one == two:
+                accepted = f"settings that differ in training, which those of trials {number} and {other} do not"
+                raise problem(f"runs.{run}.grid", self.grid(run), accepted)
+
     def _check_stages(self, run: str, config: Config) -> None:
         """Raises ValueError where the stages of a run, each of which has a budget, may spend more than others may."""
+        own = self.runs[run].get("budget")
+        if own and every_stage_has("budget", merge(self.run, self.runs[run]).get("stages")):
+            raise problem(f"runs.{run}.budget", own, "nothing: every stage has a budget of its own")
         shared = self.budget.model_dump(exclude_none=True) if config.stages else {}
         for limit, most in shared.items():
             spending = [each for each in config.by_stage if limit != "tokens" or generates(each.method)]
@@ -221,14 +241,15 @@ class ComparisonConfig(ConfigModel):
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
     """The comparison of a YAML file, after overrides such as `budget.tokens=1000` or `run.model.steps=40`.
 
-    `run` and each of `runs` are the path of a config file, or mappings that may extend one; of such a file, name, seed
-    and budget do not count. Relative paths start as in `load_config`. Raises ConfigError.
+    `run` and each of `runs` are the path of a config file, or mappings that may extend one; of such a file, name, seed,
+    space.seed and budget do not count. Relative paths start as in `load_config`. Raises ConfigError.
     """
     path = Path(path).absolute()
     tree = yaml_text.parse(read_text(path), str(path))
     if not isinstance(tree, dict):
         accepted = ", ".join(ComparisonConfig.model_fields)
         raise ConfigError(f"{path}: got {in_yaml(tree)}, accepted is a mapping of {accepted}")
+    _refuse_unknown(overrides, tree)
     return parse_comparison(merge(_with_whole_parts(tree, path.parent), override_tree(overrides)))
 
 
@@ -256,6 +277,17 @@ def on_other_task(config: Config, task: TaskConfig) -> Config:
     if isinstance(config.model, TinyModelConfig):  # which would otherwise be taught the other task
         tree["model"]["lessons"] = config.lessons.model_dump(mode="json")
     return parse_config(tree)
+
+
+def _refuse_unknown(overrides: Sequence[str], tree: Tree) -> None:
+    """Raises ConfigError for an override of a part of a run, or of another task, that is not there: a slip would add
+    one."""
+    for override in overrides:
+        part, name, *inner = override.partition("=")[0].split(".")
+        known = tree.get(part)
+        if part in ("runs", "other_tasks") and inner and isinstance(known, dict | None) and name not in (known or {}):
+            accepted = ", ".join(f"{part}.{each}" for each in known or {}) or f"none, for there are no {part}"
+            raise ConfigError(f"override {override}: there is no {part}.{name}, accepted are {accepted}")
 
 
 def _with_whole_parts(tree: Tree, folder: Path) -> Tree:
@@ -288,6 +320,8 @@ def _whole_part(part: Any, where: str, folder: Path) -> Tree:
     inherited = {
         key: value for key, value in read_tree(Path(absolute_file(parent, folder))).items() if key not in OUTSIDE
     }
+    if isinstance(inherited.get("space"), dict):  # whose seed a run's own file has, asked for or not
+        inherited["space"] = {key: value for key, value in inherited["space"].items() if key != "seed"}
     return merge(inherited, own)
 
 

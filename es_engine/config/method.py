@@ -286,6 +286,19 @@ def teacher_of(method: MethodConfig) -> TeacherConfig | None:
     return method.teacher if isinstance(method, EsMethodConfig | OpdMethodConfig) else None
 
 
+def as_used(method: MethodConfig) -> MethodConfig:
+    """The same method, with its default for what it does not use and what null stands for in place of null: equal for
+    methods that do the same."""
+    unused: tuple[str, ...] = ()
+    if isinstance(method, GrpoMethodConfig):
+        return method.model_copy(update={"scale_rewards": method.reward_scale})
+    if isinstance(method, EsMethodConfig) and method.sigma != "auto":
+        unused = ("probe_pairs", "probe_sigmas")
+    if isinstance(method, DpoMethodConfig) and method.data is not None:
+        unused = ("samples", "temperature", "top_p", "chunk")
+    return method.model_copy(update={name: type(method).model_fields[name].default for name in unused})
+
+
 def uses_torch(method: MethodConfig) -> bool:
     """Whether workers also hold a model in torch for it, which on a GPU takes turns with the engine."""
     return not isinstance(method, EsMethodConfig) or method.teacher is not None
