@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from command_line import command, refusal
+from inputs import random_center
 from small_runs import LocalPool, SessionPool, kill_command
 
 from es_engine import session
@@ -23,8 +24,10 @@ from es_engine.config import ComparisonConfig, dump_comparison, parse_comparison
 from es_engine.ledger import Ledger, first_difference
 from es_engine.report import RunGroup, read_run
 from es_engine.report.page import summary as page_summary
+from es_engine.spaces.lora import LoraSpace
 from es_engine.status import read_status
 from workers.calls import Call
+from workers.models import linear_matrices
 
 DIGITS = """
 def digits(rollout):
@@ -218,6 +221,20 @@ def test_what_is_finished_is_not_run_again(chosen: ComparisonConfig, undisturbed
     with patch.object(session, "Pool", side_effect=AssertionError("nothing is left to run")):
         compare(chosen, undisturbed)
     assert (undisturbed / "comparison.md").read_bytes() == tables
+
+
+def test_what_other_tasks_lose_is_counted_from_where_training_started(random_llama: Path, tmp_path: Path) -> None:
+    """Steps are too small to change an answer here, so that what is after is what was before."""
+    space = LoraSpace(linear_matrices(random_llama, "all-linear"), rank=4, alpha=8.0, train="AB", seed=5)
+    space.save(random_center(space, 0.3), tmp_path / "start", str(random_llama))
+    still = {"method": {"population": 4, "sigma": 0.1, "prompts": 4}, "optimizer": {"kind": "sgd", "lr": 1e-9}}
+    runs = {"cold": still, "warm": still | {"space": {"init": str(tmp_path / "start")}}}
+    chosen = comparison(random_llama, tmp_path, runs=runs, seeds=[1], budget={"generations": 1})
+    compare_here(chosen, tmp_path / "c")
+    found = {run: read_measures(tmp_path / "c/runs" / run / "seed-1").other_tasks["three"] for run in runs}
+    for each in found.values():
+        assert each.before == each.after
+    assert found["cold"].before.rewards != found["warm"].before.rewards
 
 
 def test_another_comparison_in_the_same_folder_is_refused(

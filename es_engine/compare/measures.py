@@ -52,7 +52,7 @@ class DeltaNorm(_Data):
 
 
 class BeforeAndAfter(_Data):
-    """Another task's held-out problems, answered by the base model and by the trained one."""
+    """Another task's held-out problems, answered by the model that training started from and by the trained one."""
 
     before: Scores
     after: Scores

@@ -35,7 +35,7 @@ KL_TOKENS = 4096
 
 def measure(session: Session, comparison: ComparisonConfig, theta: Vector, before: dict[str, Scores]) -> Measures:
     """Everything that is measured at theta (D,) on a session that serves the run, which is then turned to the other
-    tasks; `before` is what the base model scores at those."""
+    tasks; `before` is what was scored at those where training started."""
     config, space = session.materials.config, session.materials.space
     absolute, relative = space.delta_norm(theta)
     wanted = comparison.samples
@@ -52,16 +52,10 @@ def measure(session: Session, comparison: ComparisonConfig, theta: Vector, befor
     )
 
 
-def measure_base(session: Session, comparison: ComparisonConfig, config: Config) -> dict[str, Scores]:
-    """What the base model of a run's config scores at the other tasks."""
-    bare = config.model_copy(update={"space": config.space.model_copy(update={"init": None})})
-    return measure_other_tasks(session, comparison, bare, None)
-
-
 def measure_other_tasks(
     session: Session, comparison: ComparisonConfig, config: Config, theta: Vector | None
 ) -> dict[str, Scores]:
-    """What theta (D,) in the space of a run's config, None for where training starts, scores at the other tasks, on
+    """What theta (D,) in the space of a run's config, None for where its training starts, scores at the other tasks, on
     which the session is turned to each."""
     scores = {}
     for name, task in comparison.other_tasks.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from es_engine.compare.measures import Scores, write_measures
-from es_engine.compare.measuring import measure, measure_base
+from es_engine.compare.measuring import measure, measure_other_tasks
 from es_engine.compare.plan import Trial, check_splits, choose, every_config, final_trials, open_folder, pending
 from es_engine.compare.progress import Progress
 from es_engine.compare.summary import summarise
@@ -30,8 +30,8 @@ from es_engine.telemetry import check_places
 from es_engine.trainer import Notices, begin, conclude, go_on
 from workers.divergence import Diverged
 
-BASE = "base.json"
-"""What the base model scores at the other tasks."""
+BEFORE = "before.json"
+"""What is scored at the other tasks where training starts: at the base model, or at each `space.init`."""
 REPORT = "report.html"
 
 
@@ -114,7 +114,7 @@ def _go_on(session: Session, trial: Trial, folder: Path, notices: Notices) -> No
 def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folder: Path) -> None:
     run, config = RunFolder(folder / trial.folder), session.materials.config
     theta = restore(Stages(run.load_config(), session.materials), run, run.open_ledger()).theta
-    before = _base_scores(session, comparison, config, folder / BASE)
+    before = _scores_before(session, comparison, config, folder / BEFORE)
     write_measures(run.path, measure(session, comparison, theta, before))
 
 
@@ -126,11 +126,14 @@ def _groups(comparison: ComparisonConfig, folder: Path) -> list[RunGroup]:
     return [RunGroup(run, tuple(each)) for run, each in found.items()]
 
 
-def _base_scores(session: Session, comparison: ComparisonConfig, config: Config, file: Path) -> dict[str, Scores]:
-    """What the base model scores at the other tasks: found once, and kept in a file. The session serves the run again
-    afterwards."""
-    if not file.is_file():
-        found = measure_base(session, comparison, config)
+def _scores_before(session: Session, comparison: ComparisonConfig, config: Config, file: Path) -> dict[str, Scores]:
+    """What is scored at the other tasks where a run's training starts: found once, and kept in a file. The session
+    serves the run again afterwards."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    start = config.space.init or "the base model"
+    if start not in known:
+        found = measure_other_tasks(session, comparison, config, None)
         session.turn_to(config)
-        write_text(file, json.dumps({name: scores.model_dump() for name, scores in found.items()}, indent=2) + "\n")
-    return {name: Scores.model_validate(scores) for name, scores in json.loads(file.read_text()).items()}
+        known[start] = {name: scores.model_dump() for name, scores in found.items()}
+        write_text(file, json.dumps(known, indent=2) + "\n")
+    return {name: Scores.model_validate(scores) for name, scores in known[start].items()}
