@@ -31,7 +31,8 @@ app = typer.Typer(
 )
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -125,20 +126,31 @@ def evaluate(
         float | None, typer.Option(min=0, help="Sampling temperature, 0 is greedy; by default the config's.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the summary and the completions; by default evaluations/NAME.")
+        Path | None,
+        typer.Option(
+            help="New folder for the summary and the completions; by default evaluations/NAME, or NAME-2 if that is "
+            "taken, and so on."
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Measure a base model, a run or an adapter on held-out problems."""
     from es_engine.run import evaluate as measure
-    from es_engine.run_folder import write_json_lines, write_text
+    from es_engine.run_folder import first_free, refuse_no_place, refuse_taken, write_json_lines, write_text
 
     chosen, adapter = _evaluation_target(target, config, overrides or [])
+    usual = Path("evaluations") / _name_of(target)
+    if out is None:
+        refuse_no_place(usual / "summary.json")
+    else:
+        refuse_taken(out)
     found = measure(chosen, adapter, problems=problems, samples=samples, temperature=temperature)
-    folder = out or Path("evaluations") / _name_of(target)
+    folder = out or first_free(usual)
+    drawn = chosen.evaluation.temperature if temperature is None else temperature
+    summary = {"target": str(target), "temperature": drawn, **found.summary}
     write_json_lines(folder / "samples.jsonl", found.samples)
-    write_text(folder / "summary.json", json.dumps(found.summary, indent=2) + "\n")
-    _print_summary(found.summary)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _print_summary(summary)
     _say(f"completions: {folder / 'samples.jsonl'}")
 
 
@@ -246,6 +258,7 @@ def report(
     """Write one page on one run or many: curves, samples, configs."""
     from es_engine.report import find_runs, group_runs, read_run, usual_title, write_report
     from es_engine.report.data import AXES
+    from es_engine.run_folder import refuse_no_file
 
     if over is not None and over not in AXES:
         raise ValueError(f"--over: got {over}, accepted is {', '.join(AXES)}")
@@ -254,6 +267,7 @@ def report(
             raise ValueError(f"{path}: neither a run folder nor a folder of them")
     found = find_runs(runs)
     target = out or (found[0] / "report.html" if len(found) == 1 and found == runs else Path("report.html"))
+    refuse_no_file(target)
     groups = group_runs([read_run(run) for run in found])
     write_report(target, groups, title=usual_title(groups), over=over, pngs=png)
     _say(target)
@@ -350,9 +364,9 @@ def main() -> None:
     except ValueError as error:
         _end(str(error), 2)
     except OSError as error:
-        if error.errno not in NO_PLACE:
+        if error.errno not in (*FULL, *NO_PLACE):
             raise
-        hint = "" if error.errno == errno.EACCES else "; make room or give another place, then resume"
+        hint = "; make room or give another place, then resume" if error.errno in FULL else ""
         _end(f"{error.filename or 'the run folder'}: {error.strerror}{hint}", 2)
 
 

@@ -16,7 +16,7 @@ from es_engine.data import fingerprints, refuse_changed
 from es_engine.ledger import Ledger, Line, fingerprint, innermost_difference, running_costs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
-from es_engine.run_folder import RunFolder, write_folder
+from es_engine.run_folder import RunFolder, refuse_taken, write_folder
 from es_engine.session import Materials, gather
 from rewards.trees import flat
 from workers.engine import Vector
@@ -75,8 +75,8 @@ def replay(run_dir: Path | str, step: int, out: Path | str | None = None) -> Pat
     not what it was, or if `out` exists already.
     """
     folder = RunFolder.existing(Path(run_dir))
-    if out is not None and Path(out).exists():
-        raise ValueError(f"{out}: exists already; give another folder")
+    if out is not None:
+        refuse_taken(Path(out))
     ledger = folder.open_ledger()
     if not 0 <= step <= len(ledger.generations):
         raise ValueError(f"--step: {run_dir} has steps 0 to {len(ledger.generations)}, not {step}")

@@ -10,7 +10,7 @@ from es_engine.config import Config, LoraSpaceConfig
 from es_engine.costs import Costs, Measure
 from es_engine.evaluation import Evaluation, evaluate_center
 from es_engine.ledger import LedgerReader, Line, running_costs
-from es_engine.run_folder import RunFolder
+from es_engine.run_folder import RunFolder, refuse_taken
 from es_engine.session import Session, sampling
 from es_engine.spaces.lora import adapted_modules, adapter_config
 from es_engine.text import tell
@@ -117,23 +117,22 @@ def evaluate(
 def merge(adapter: Path, model: Path, out: Path) -> None:
     """Write the base model with the adapter folded into its weights, as a whole model.
 
-    Raises ValueError if `out` exists, or the adapter does not fit.
+    Raises ValueError if `out` exists or cannot be made, or the adapter does not fit.
     """
     from workers.peft_model import load_base, wearing
     from workers.prompts import load_tokenizer
 
-    if out.exists():
-        raise ValueError(f"{out}: exists already; give another folder")
+    refuse_taken(out)
     # Folded in float32: in half precision a small delta would be rounded away.
     wearing(load_base(model, "float32"), adapter).merge_and_unload().save_pretrained(out)
     load_tokenizer(model).save_pretrained(out)
 
 
 def copy_adapter(adapter: Path, out: Path) -> None:
-    """Copy a PEFT adapter, and nothing else that is in its folder. Raises ValueError if `out` exists."""
+    """Copy a PEFT adapter, and nothing else that is in its folder. Raises ValueError if `out` exists or cannot be
+    made."""
+    refuse_taken(out)
     adapter_config(adapter)
-    if out.exists():
-        raise ValueError(f"{out}: exists already; give another folder")
     out.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(adapter / name, out / name)

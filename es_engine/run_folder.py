@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raises ValueError if there is a run, or anything else, in the folder already; a config that was cut off while
         it was written is nothing."""
+        refuse_no_place(self.path)
         if not is_free(self.path, self.config_file.name):
             raise ValueError(f"{self.path}: this run folder exists already; resume it, or give another with --run-dir")
 
@@ -187,6 +189,43 @@ def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
         folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
+def refuse_no_place(path: Path) -> None:
+    """Raises ValueError, naming what is in the way, where neither file nor folder can be made at a path, whose folders
+    need not be there yet."""
+    place = path.absolute()
+    try:
+        os.lstat(_partial(place))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give another place") from error
+    parent = next(parent for parent in place.parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{path}: {parent} is a file, in which there can be no other; give another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {parent} may not be written to; give another place")
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises ValueError where no file can be written, be it in place of one that is there."""
+    refuse_no_place(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: exists and is no file; give the name of one")
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raises ValueError where no new folder can be made: something is there already, or in the way."""
+    refuse_no_place(folder)
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already; give another folder")
+
+
+def first_free(folder: Path) -> Path:
+    """FOLDER, or if that is taken the first of FOLDER-2, FOLDER-3, ... that is not."""
+    later = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(each for each in chain([folder], later) if not each.exists())
+
+
 def is_free(folder: Path, first: str) -> bool:
     """Can something be begun in a folder by writing a file `first`? It may be empty, or not there, or hold half of that
     file, which a crash left."""
@@ -231,10 +270,10 @@ def write_text(path: Path, text: str) -> None:
         with partial.open("x", encoding="utf-8") as file:  # a new one, where a link might lie
             file.write(text)
         _sync(partial)
+        partial.rename(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    partial.rename(path)
     _sync(path.parent)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from es_engine.config import MultiTurnTaskConfig, SingleTurnTaskConfig, TaskConfigModel
-from es_engine.run_folder import write_json_lines
+from es_engine.run_folder import refuse_no_file, write_json_lines
 from rewards.base import Example, Rollout, Score, SingleTurnTask, VerifierSpec
 from rewards.composition import verifier_names
 from rewards.environments import Policy, announce, recital
@@ -42,13 +42,15 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
 
     A line has `prompt` (text, or a chat's messages), `completion` and the fields of the data row, such as `answer`; for
     verifiers that look at them, also `token_ids` and `finish_reason`. Lines in a row with equal prompts are a group.
-    Raises ValueError, naming file and line, for what is no such line, and for a task of several turns.
+    Raises ValueError, naming file and line, for what is no such line, for a task of several turns, and where `target`
+    can be no file.
     """
     if isinstance(task, MultiTurnTaskConfig):
         raise ValueError(
             f"task.kind: {task.kind} is a game of several turns, whose completions answer what was said before; they "
             "can only be scored as they are made, by eval or train"
         )
+    refuse_no_file(target)
     records = read_records(source, "--in")
     rollouts = [_rollout(record, place) for place, record in records]
     verifier = task.build().verifier

@@ -26,7 +26,7 @@ from es_engine.compare.held_out import held_out_scores
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison, on_other_task
 from es_engine.config.comparison import Setting
 from es_engine.data import fingerprints, refuse_changed
-from es_engine.run_folder import RunFolder, is_free, refuse_ways_out, write_text
+from es_engine.run_folder import RunFolder, is_free, refuse_no_place, refuse_ways_out, write_text
 from rewards.base import Task
 
 Purpose = Literal["tuning", "final"]
@@ -197,6 +197,7 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     Raises ValueError if it holds another comparison, one of other data, or something else.
     """
     file, data_file = folder / CONFIG_FILE, folder / DATA_FILE
+    refuse_no_place(folder)
     data = fingerprints(every_config(comparison))
     if file.is_file():
         refuse_ways_out(folder)
