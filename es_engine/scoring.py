@@ -45,14 +45,14 @@ def score_file(task: TaskConfigModel, source: Path, target: Path) -> dict[str, A
     Raises ValueError, naming file and line, for what is no such line, for a task of several turns, and where `target`
     can be no file.
     """
-    if isinstance(task, MultiTurnTaskConfig):
+    if not isinstance(task, SingleTurnTaskConfig):
         raise ValueError(
             f"task.kind: {task.kind} is a game of several turns, whose completions answer what was said before; they "
             "can only be scored as they are made, by eval or train"
         )
     refuse_no_file(target)
     records = read_records(source, "--in")
-    rollouts = [_rollout(record, place) for place, record in records]
+    rollouts = [_rollout(record, place, task) for place, record in records]
     verifier = task.build().verifier
     with open_scorer(task, verifier, _processes(verifier, len(rollouts))) as scorer:
         for _, group in groupby(range(len(rollouts)), key=lambda number: records[number][1]["prompt"]):
@@ -139,7 +139,7 @@ def _processes(verifier: VerifierSpec, rollouts: int) -> int:
     return max(1, min(rollouts, len(os.sched_getaffinity(0))))
 
 
-def _rollout(record: Any, place: str) -> Rollout:
+def _rollout(record: Any, place: str, task: SingleTurnTaskConfig) -> Rollout:
     if not isinstance(record, Mapping) or not isinstance(record.get("completion"), str):
         raise ValueError(f"{place} is not an object with `prompt` and `completion`")
     prompt = record.get("prompt")
@@ -149,16 +149,29 @@ def _rollout(record: Any, place: str) -> Rollout:
         prompt = "\n".join(message["content"] for message in messages)
     if not isinstance(prompt, str):
         raise ValueError(f"{place}: `prompt` is {prompt!r:.60}; accepted is text or a list of messages")
-    answer = record.get("answer")
+    try:
+        answer = task.reference(record)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
     return Rollout(
-        prompt,
-        record["completion"],
-        "" if answer is None else str(answer),
-        record,
-        messages,
-        token_ids=tuple(record.get("token_ids", ())),
-        finish_reason=record.get("finish_reason", "stop"),
+        prompt, record["completion"], answer, record, messages, _token_ids(record, place), _finish_reason(record, place)
     )
+
+
+def _token_ids(record: Mapping[str, Any], place: str) -> tuple[int, ...]:
+    found = record.get("token_ids")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(type(each) is int and each >= 0 for each in found):
+        raise ValueError(f"{place}: `token_ids` is {found!r:.60}; accepted is a list of whole numbers")
+    return tuple(found)
+
+
+def _finish_reason(record: Mapping[str, Any], place: str) -> str:
+    found = record.get("finish_reason")
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{place}: `finish_reason` is {found!r:.60}; accepted is text, such as stop or length")
+    return found or "stop"
 
 
 def _is_message(value: Any) -> bool:

@@ -44,9 +44,18 @@ def read_rows(source: str, field: str, dataset: Dataset, fields: Mapping[str, st
 
     Raises ValueError naming `field`, source and row.
     """
-    question, answer = COLUMNS[dataset]
-    columns = ((fields or {}).get("question") or question, (fields or {}).get("answer") or answer)
+    columns = _columns(dataset, fields or {})
     return [_row(record, place, dataset, *columns) for place, record in read_source(source, field)]
+
+
+def reference_of(row: Mapping[str, Any], dataset: Dataset, fields: Mapping[str, str | None]) -> str:
+    """The reference answer of a row as `read_rows` reads it, or else the `answer` that it has alone, as samples have.
+    Raises ValueError where it has neither."""
+    _, column = _columns(dataset, fields)
+    reference = _reference(row.get(column), dataset) or _text(row.get("answer"))
+    if not reference:
+        raise ValueError(f"`{column}` is {row.get(column)!r:.60}; accepted is {_ACCEPTED[dataset]}")
+    return reference
 
 
 def problem_key(row: Row) -> str:
@@ -57,6 +66,11 @@ def problem_key(row: Row) -> str:
 def identity(row: Row) -> str:
     """A short name of a problem, the same wherever it is found."""
     return digest(problem_key(row)).hex()[:12]
+
+
+def _columns(dataset: Dataset, fields: Mapping[str, str | None]) -> tuple[str, str]:
+    question, answer = COLUMNS[dataset]
+    return fields.get("question") or question, fields.get("answer") or answer
 
 
 def _row(record: Any, place: str, dataset: Dataset, question: str, answer: str) -> Row:

@@ -75,6 +75,11 @@ def test_a_completion_that_hangs_the_verifier_is_a_line_with_an_error(tmp_path: 
         ({"prompt": "p"}, "line 2 is not an object with `prompt` and `completion`"),
         ({"prompt": 3, "completion": "c"}, "line 2: `prompt` is 3; accepted is text or a list of messages"),
         ({"prompt": [{"role": "user"}], "completion": "c"}, "line 2: `prompt` is [{'role': 'user'}]; accepted is"),
+        ({**ROW, "completion": "c", "token_ids": 5}, "line 2: `token_ids` is 5; accepted is a list of whole numbers"),
+        ({**ROW, "completion": "c", "token_ids": "abc"}, "line 2: `token_ids` is 'abc'; accepted is a list"),
+        ({**ROW, "completion": "c", "token_ids": [1, -1]}, "line 2: `token_ids` is [1, -1]; accepted is a list"),
+        ({**ROW, "completion": "c", "token_ids": [True]}, "line 2: `token_ids` is [True]; accepted is a list"),
+        ({**ROW, "completion": "c", "finish_reason": 5}, "line 2: `finish_reason` is 5; accepted is text"),
     ],
 )
 def test_a_line_that_is_none_is_named_and_nothing_is_written(tmp_path: Path, row: Any, sentence: str) -> None:
@@ -103,6 +108,66 @@ def test_a_task_shows_a_right_and_a_wrong_answer(kind: str, overrides: list[str]
     assert len(shown) == scoring.SHOWN
     assert all(each.right_score.accuracy == 1 for each in shown)
     assert all(each.wrong_score.accuracy == 0 for each in shown if each.right != each.wrong)
+
+
+def test_what_a_line_may_lack_may_be_null(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def ids(r):\n    return 10 * len(r.token_ids) + len(r.finish_reason)\n")
+    task = load_task("countdown", [f"task.verifier={tmp_path / 'mine.py'}:ids"])
+    lines = ({"token_ids": None, "finish_reason": None}, {}, {"token_ids": [1, 2], "finish_reason": "length"})
+    source = write_lines(tmp_path / "in.jsonl", *({**ROW, "completion": "c", **line} for line in lines))
+    scoring.score_file(task, source, tmp_path / "out.jsonl")
+    scores = [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert scores == [4, 4, 26]
+
+
+MATHS = {"prompt": "6*7=", "completion": "It is \\boxed{42}."}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        ([], {"answer": 42}),
+        (["task.fields={answer: label}"], {"label": "42", "question": "q"}),
+        (["task.fields={answer: label}"], {"answer": "42"}),
+        (["task.dataset=gsm8k"], {"answer": "6 times 7\n#### 42"}),
+        (["task.dataset=gsm8k"], {"answer": "42"}),
+        (["task.dataset=minerva"], {"solution": "so \\boxed{42}"}),
+        (["task.dataset=olympiadbench"], {"final_answer": ["42"]}),
+    ],
+)
+def test_the_answer_of_a_line_is_read_as_that_of_a_row(
+    tmp_path: Path, overrides: list[str], row: dict[str, Any]
+) -> None:
+    data = write_lines(
+        tmp_path / "data.jsonl",
+        *(
+            {"question": f"{n}?", "problem": f"{n}?", "answer": "#### 1", "label": "1", "solution": "\\boxed{1}"}
+            | {"final_answer": ["1"]}
+            for n in range(20)
+        ),
+    )
+    task = load_task("math", [f"task.data={data}", *overrides])
+    source = write_lines(tmp_path / "in.jsonl", {**MATHS, **row}, {**MATHS, **row, "completion": "\\boxed{41}"})
+    assert scoring.score_file(task, source, tmp_path / "out.jsonl")["accuracy"] == 0.5
+
+
+def test_a_line_of_maths_without_an_answer_is_refused(tmp_path: Path) -> None:
+    """It would be counted as wrong."""
+    task = load_task("math", [f"task.data={DATA / 'gsm8k/test.jsonl'}", "task.dataset=gsm8k"])
+    source = write_lines(tmp_path / "in.jsonl", {**MATHS, "answer": "42"}, MATHS)
+    with pytest.raises(
+        ValueError, match=r"line 2: `answer` is None; accepted is text that ends in #### and the answer"
+    ):
+        scoring.score_file(task, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_answer_of_a_chat_is_in_the_column_that_the_task_names(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def same(rollout):\n    return float(rollout.completion == rollout.answer)\n")
+    data = write_lines(tmp_path / "data.jsonl", *({"prompt": f"{n}?", "good": "x"} for n in range(20)))
+    overrides = [f"task.data={data}", "task.fields={answer: good}", f"task.verifier={tmp_path / 'mine.py'}:same"]
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "p", "completion": "yes", "good": "yes", "answer": "no"})
+    assert scoring.score_file(load_task("chat", overrides), source, tmp_path / "out.jsonl")["score"] == 1
 
 
 def test_a_task_that_does_not_exist_is_refused_with_those_that_do() -> None:

@@ -5,6 +5,7 @@ Those of one turn also have a choice of who scores them; a game of several turns
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -98,6 +99,11 @@ class SingleTurnTaskConfig(TaskConfigModel):
             parts = [{"name": name, **part.arguments(task.verifier)} for name, part in self.reward.items()]
             task.verifier = VerifierSpec("sum", {"parts": parts})
         return task
+
+    def reference(self, row: Mapping[str, Any]) -> str:
+        """The answer that a data row gives, empty if it gives none. Raises ValueError where the task needs one."""
+        answer = row.get("answer")
+        return "" if answer is None else str(answer)
 
 
 class MultiTurnTaskConfig(TaskConfigModel):

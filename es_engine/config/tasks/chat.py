@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +57,11 @@ class ChatTaskConfig(SingleTurnTaskConfig):
             accepted = f"a model, unless task.verifier or parts of task.reward, none of them {OWN}, score the answers"
             raise problem("reward_model", None, accepted)
         return self
+
+    def reference(self, row: Mapping[str, Any]) -> str:
+        """The good answer that a data row gives, empty if it gives none."""
+        column = self.fields and self.fields.answer
+        return super().reference({"answer": row.get(column)} if column else row)
 
     def build(self) -> SingleTurnTask:
         """The task itself. Raises ValueError, naming the field, for values that give no prompts."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from es_engine.config.base import ConfigModel, NonNegativeFloat, Text
 from es_engine.config.tasks.base import SingleTurnTaskConfig
 from rewards.base import SingleTurnTask
+from rewards.math_data import reference_of
 from rewards.maths import Maths
 
 Forms = Annotated[tuple[Literal["boxed", "answer", "hash", "last_number"], ...], Field(strict=False, min_length=1)]
@@ -53,3 +55,8 @@ class MathTaskConfig(SingleTurnTaskConfig):
     weights: MathWeightsConfig | None = Field(
         default=None, description="Weights of the components of math's reward; null: .1 and .9."
     )
+
+    def reference(self, row: Mapping[str, Any]) -> str:
+        """The answer of a data row, read as a row of the data set or, where it is not one, as the answer alone. Raises
+        ValueError where it has none."""
+        return reference_of(row, self.dataset, self.fields.model_dump() if self.fields else {})
