@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
@@ -247,11 +248,11 @@ def as_score(verdict: object) -> Score:
 
 
 def _is_finite(value: object) -> TypeGuard[SupportsFloat]:
-    if not isinstance(value, Real):
+    """Whether something is a real number, of Python or of NumPy, that a float can hold."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number that is too large
         return False
-    # Compared, not converted: a whole number too large for a float is not finite here, and raises in math.isfinite.
-    magnitude: Any = abs(value)
-    return bool(magnitude <= sys.float_info.max)
 
 
 def _no_score(value: object) -> InvalidScore:

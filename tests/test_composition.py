@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.base import Rollout, Score, VerifierSpec, judge_now, takes
+from rewards.base import InvalidScore, Rollout, Score, VerifierSpec, judge_now, takes
 from rewards.composition import without_gpu
 from workers.scoring import Scorer
 
@@ -94,6 +94,18 @@ def test_a_part_is_clipped_before_it_is_weighted(low: float, size: float, weight
     for text in ("", "ab", "abcdef"):
         unclipped = -min(1.0, len(text) / 4)
         assert scores(parts, text)[0].value == weight * min(max(unclipped, low), low + size)
+
+
+@pytest.mark.parametrize("number", ["float('inf')", "float('-inf')", "float('nan')", "'text'", "10**400"])
+def test_a_component_that_is_no_finite_number_is_not_hidden_by_a_clip(tmp_path: Path, number: str) -> None:
+    file = tmp_path / "rubbish.py"
+    file.write_text(
+        f"from rewards.base import Score\ndef rubbish(rollout):\n    return Score(1.0, {{'a': {number}}})\n"
+    )
+    parts = [{"name": "a", "verifier": f"{file}:rubbish", "of": "a", "clip": [-1.0, 1.0]}]
+    (score,) = scores(parts, "x")
+    assert isinstance(score, InvalidScore)
+    assert str(score.error).startswith("a: the verifier returned ")
 
 
 def test_a_part_may_start_an_event_loop_of_its_own(tmp_path: Path) -> None:

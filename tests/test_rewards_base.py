@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rewards.base import Rollout, Score, VerifierSpec, as_score, register
+from rewards.base import InvalidScore, Rollout, Score, VerifierSpec, as_score, register
 
 ROLLOUT = Rollout(prompt="3 7 2=27:", completion="3*(7+2)", answer="27", info={"numbers": [3, 7, 2], "target": "27"})
 
@@ -34,6 +35,14 @@ def test_rubbish_becomes_an_error(verdict: object) -> None:
     score = as_score(verdict)
     assert score.value is None
     assert score.error is not None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_number_of_numpy_is_what_it_is() -> None:
+    assert as_score(np.float32(0.5)) == Score(0.5)
+    assert as_score(np.int64(2)) == Score(2.0)
+    for verdict in (np.float32("inf"), np.float32("nan"), Score(np.float32("-inf"))):
+        assert isinstance(as_score(verdict), InvalidScore)
 
 
 def test_a_score_that_says_why_there_is_none_is_kept() -> None:
