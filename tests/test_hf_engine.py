@@ -265,7 +265,8 @@ def test_samples_belong_to_their_request(engine: HfEngine) -> None:
 
 
 def test_logprobs_of_completions_are_those_of_their_tokens(engine: HfEngine) -> None:
-    """Whatever the temperature, and with padding on the left of all prompts but one."""
+    """Whatever the temperature, and with padding on the left of all prompts but one; but for the rounding of float32,
+    for they are of the very passes in which the tokens were drawn."""
     prompts = random_prompts(5, 30)
     requests = [Request(slot, prompt, 11) for slot in (0, 2, None) for prompt in prompts]
     lean = Sampling(max_tokens=12, samples=2, temperature=0.7, top_p=0.9, stop=("\n",), max_repeats=2)
@@ -274,7 +275,21 @@ def test_logprobs_of_completions_are_those_of_their_tokens(engine: HfEngine) -> 
     for each in asked:
         request = requests[each.request]
         (whole,) = engine.logprobs([replace(request, prompt_ids=request.prompt_ids + each.token_ids)])
-        np.testing.assert_allclose(each.logprobs, whole[len(request.prompt_ids) - 1 :], atol=1e-6)
+        np.testing.assert_allclose(each.logprobs, whole[len(request.prompt_ids) - 1 :], rtol=1e-6, atol=1e-6)
+
+
+def test_logprobs_of_completions_cost_no_pass_more(engine: HfEngine) -> None:
+    """Costs count a token once that is read once."""
+    passes = []
+    hook = engine._model.get_base_model().register_forward_pre_hook(lambda *_: passes.append(1))
+    requests = [Request(0, prompt, 11) for prompt in random_prompts(5, 30)]
+    counts = []
+    for logprobs in (False, True):
+        passes.clear()
+        ordered(engine, requests, Sampling(max_tokens=6, samples=2, temperature=1.0, logprobs=logprobs))
+        counts.append(len(passes))
+    hook.remove()
+    assert counts[0] == counts[1] > 0
 
 
 def test_half_precision_is_loaded_when_asked_for(random_llama: Path, space: LoraSpace, engine: HfEngine) -> None:

@@ -94,23 +94,23 @@ class HfEngine:
         ).to(self._device)
         start = encoded["input_ids"].shape[1]
         torch.manual_seed(requests[0][1].seed)
+        drawn = _DrawnLogprobs()
         with self._adapter(slot):
             output = self._model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 pad_token_id=self._tokenizer.pad_token_id,
                 stopping_criteria=[self._stopped(start, sampling)],
+                logits_processor=[drawn, _drawable] if sampling.logprobs else [_drawable],
                 **_generation_arguments(sampling),
             )
-            completions = []
-            for row, ids in enumerate(output[:, start:].tolist()):
-                number, request = requests[row // sampling.samples]
-                completion = self._completion(number, row % sampling.samples, ids, sampling)
-                if sampling.logprobs:
-                    said = self._token_logprobs(request.prompt_ids + completion.token_ids)
-                    completion = replace(completion, logprobs=tuple(said[len(request.prompt_ids) - 1 :].tolist()))
-                completions.append(completion)
-        yield from completions
+        logprobs = drawn.rows(output) if sampling.logprobs else None
+        for row, ids in enumerate(output[:, start:].tolist()):
+            number, _ = requests[row // sampling.samples]
+            completion = self._completion(number, row % sampling.samples, ids, sampling)
+            if logprobs is not None:
+                completion = replace(completion, logprobs=tuple(logprobs[row][: len(completion.token_ids)]))
+            yield completion
 
     def _stopped(self, start: int, sampling: Sampling) -> Callable[..., torch.Tensor]:
         """Tells rows whose completion holds a stop string (transformers' own criterion also finds one that begins in
@@ -180,9 +180,32 @@ def _generation_arguments(sampling: Sampling) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": 0,
             "num_return_sequences": sampling.samples,
-            "logits_processor": [_drawable],
         }
     return arguments
+
+
+class _DrawnLogprobs:
+    """Keeps the log-probability of each token that is drawn, at temperature 1 and top_p 1: a logits processor, before
+    others, of N rows."""
+
+    def __init__(self) -> None:
+        self._next: torch.Tensor | None = None  # log-probabilities (N, V) of the token that has not been drawn yet
+        self._drawn: list[torch.Tensor] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._look_up(ids)
+        self._next = scores.float().log_softmax(-1)
+        return scores
+
+    def rows(self, ids: torch.Tensor) -> list[list[float]]:
+        """Those of each row's tokens after the prompt, in rows of prompts and all that was drawn."""
+        self._look_up(ids)
+        rows: list[list[float]] = torch.cat(self._drawn, dim=1).tolist()
+        return rows
+
+    def _look_up(self, ids: torch.Tensor) -> None:
+        if self._next is not None:
+            self._drawn.append(self._next.gather(-1, ids[:, -1:]))
 
 
 def _drawable(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
