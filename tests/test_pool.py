@@ -625,3 +625,16 @@ def test_workers_that_share_a_process_start_for_the_present_run(start: Any) -> N
     pool.assign(assigned("other"))
     assert starts == [assigned("other")] * 2
     assert len(cluster.processes) == 2
+
+
+def test_a_cluster_that_cannot_be_started_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises no kind of its own where its processes take too long."""
+
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(clusters, "ray", SimpleNamespace(init=slow, is_initialized=lambda: False))
+    with pytest.raises(
+        ValueError, match=r"^pool.address: no Ray cluster could be started here \(The current node timed"
+    ):
+        clusters.connect(None)

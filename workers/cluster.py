@@ -31,7 +31,7 @@ CREDENTIALS = ("HF_TOKEN",)
 def connect(address: str | None) -> bool:
     """Join the cluster at `address`, or start a local one; True if one was started.
 
-    Raises ValueError for a bad address.
+    Raises ValueError for a bad address, or where none can be started.
     """
     if ray.is_initialized():
         return False
@@ -46,8 +46,14 @@ def connect(address: str | None) -> bool:
 def _initialise(address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        with _on_loopback():
-            ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            with _on_loopback():
+                ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as error:  # of no kind of its own where a busy machine takes longer than Ray waits
+            raise ValueError(
+                f"pool.address: no Ray cluster could be started here ({error}); try again when this machine has less "
+                "to do, or give the address of one"
+            ) from error
         if TOKEN.is_file():  # which Ray lets everybody read
             TOKEN.chmod(0o600)
         return

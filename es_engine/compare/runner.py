@@ -59,9 +59,9 @@ def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> P
 
 def _run(comparison: ComparisonConfig, folder: Path) -> None:
     notices = Notices()
-    first, *others = every_config(comparison)
-    for config in (first, *others):
-        check_places(config.telemetry)
+    first, *others = configs = every_config(comparison)
+    for telemetry in {config.telemetry for config in configs}:
+        check_places(telemetry)
     console, progress = Console(), Progress(comparison, folder)
     with Session(first, notices, others, gradients=True) as session:
         for trial in _until_done(comparison, folder):
