@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from es_engine.config import Config, dump_config, load_resolved
 from es_engine.ledger import Ledger
+
+if TYPE_CHECKING:  # torch takes seconds to import, and who only reads a run's figures needs none
+    import torch
 
 KEPT_CHECKPOINTS = 2
 CHECKPOINT = re.compile("step-([0-9]{6,15})")
@@ -117,6 +118,7 @@ class RunFolder:
     ) -> None:
         """Keep theta and the optimizer's state after `step` steps, the checkpoint before, those of lasting steps, and
         no more."""
+        from safetensors.torch import save
 
         def write(folder: Path) -> None:
             # As bytes, because safetensors' own writing to a file hides the OSError of a full disk.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from es_engine.telemetry.base import Line
 from es_engine.telemetry.scalars import evaluation_scalars, generation_scalars
 
@@ -17,6 +15,8 @@ class TensorBoardTelemetry:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and the status of a run needs none
+
         # The writer itself sets no mark before the first event of a folder's first process, and needs none.
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
