@@ -136,16 +136,16 @@ def evaluate(
 ) -> None:
     """Measure a base model, a run or an adapter on held-out problems."""
     from es_engine.run import evaluate as measure
-    from es_engine.run_folder import first_free, refuse_no_place, refuse_taken, write_json_lines, write_text
+    from es_engine.run_folder import make_first_free, refuse_no_place, refuse_taken, write_json_lines, write_text
 
     chosen, adapter = _evaluation_target(target, config, overrides or [])
     usual = Path("evaluations") / _name_of(target)
     if out is None:
-        refuse_no_place(usual / "summary.json")
+        refuse_no_place(usual)
     else:
         refuse_taken(out)
     found = measure(chosen, adapter, problems=problems, samples=samples, temperature=temperature)
-    folder = out or first_free(usual)
+    folder = out or make_first_free(usual)
     drawn = chosen.evaluation.temperature if temperature is None else temperature
     summary = {"target": str(target), "temperature": drawn, **found.summary}
     write_json_lines(folder / "samples.jsonl", found.samples)

@@ -1,38 +1,36 @@
-"""The data sets that configs name, and whether each is still what it was when a run began."""
+"""The data sets that configs name, and whether what a run is made of is still what it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from es_engine.config import Config
 from rewards.problems import fingerprint
 
 Fingerprints = dict[str, str]
-"""Hashes of data sets by their names in the config: files, folders and hub data sets."""
+"""Hashes of what comes from outside by what it is called in the config, such as the name of a file."""
 
 
-def fingerprints(configs: Iterable[Config]) -> Fingerprints:
-    """Those of all that the configs take problems, demonstrations or preferences from. Raises ValueError for one that
-    is not there."""
-    return {source: fingerprint(source, field) for source, field in sorted({*_sources(configs)})}
+def data_fingerprints(config: Config) -> Fingerprints:
+    """Of the files, folders and hub data sets that a config without stages takes problems, demonstrations and
+    preferences from. Raises ValueError, naming the field, for one that is not there."""
+    return {source: fingerprint(source, field) for source, field in sorted({*_sources(config)})}
 
 
-def refuse_changed(known: Mapping[str, str], now: Mapping[str, str], where: object, what: str) -> None:
-    """Raises ValueError, naming it, for a data set that is not what it was when `what` in `where` began."""
+def refuse_changed(known: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ValueError, naming it, for what is another thing now than it was, as far as that is known."""
     for source, found in now.items():
-        if known.get(source) != found:
+        if known.get(source, found) != found:
             raise ValueError(
-                f"{where}: {source} is not what it was when the {what} began, which can only go on with the same "
-                "data; put the old one back, or begin another"
+                f"{source} has changed since this was begun, which can go on with the same alone; "
+                "put it back as it was, or begin anew in another folder"
             )
 
 
-def _sources(configs: Iterable[Config]) -> Iterator[tuple[str, str]]:
+def _sources(config: Config) -> Iterator[tuple[str, str]]:
     """Names of data sets and the fields that have them."""
-    for config in configs:
-        for stage in config.by_stage:
-            for axis, part in (("task", stage.task), ("method", stage.method)):
-                for name in ("data", "heldout_data"):
-                    source = getattr(part, name, None)
-                    if source is not None:
-                        yield source, f"{axis}.{name}"
+    for axis, part in (("task", config.task), ("method", config.method)):
+        for name in ("data", "heldout_data"):
+            source = getattr(part, name, None)
+            if source is not None:
+                yield source, f"{axis}.{name}"

@@ -84,6 +84,7 @@ class _Times(_Line):
 
 class _Run(_Line):
     config: Annotated[dict[str, Any], AfterValidator(_shallow)] = {}
+    data: dict[str, str] = {}
 
 
 class _Calibration(_Line):
@@ -95,6 +96,7 @@ class _Stage(_Line):
     step: Count
     method: str
     theta: str
+    data: dict[str, str] = {}
 
 
 class _Generation(_Line):

@@ -12,7 +12,7 @@ import torch
 
 from es_engine.config import Config
 from es_engine.costs import Costs
-from es_engine.data import fingerprints, refuse_changed
+from es_engine.data import refuse_changed
 from es_engine.ledger import Ledger, Line, fingerprint, innermost_difference, running_costs
 from es_engine.methods.es import EvolutionStrategies
 from es_engine.optimizers import TorchOptimizer, build_optimizer
@@ -100,7 +100,6 @@ def restore(stages: Stages, folder: RunFolder, ledger: Ledger) -> State:
     if not ledger.lines:
         return beginning(stages[0])
     _check_header(stages, ledger)
-    refuse_changed(ledger.header.get("data", {}), fingerprints([stages.config]), folder.path, "run")
     state = _at_the_end(_past(ledger), stages, folder)
     if state.step < len(ledger.generations):
         raise ValueError(
@@ -109,6 +108,7 @@ def restore(stages: Stages, folder: RunFolder, ledger: Ledger) -> State:
         )
     if ledger.stages:
         _check_teacher(stages[state.stage], ledger)
+    _check_data(stages[state.stage], ledger)
     return state
 
 
@@ -222,16 +222,20 @@ def header(stages: Stages, state: State) -> Line:
     """What the ledger's run is; equal for runs that must have equal ledgers, whatever their pool and telemetry."""
     config, materials = stages.config, stages[0]
     left_out = {"name", "pool", "telemetry"} | (set() if config.stages else {"stages"})
-    teacher = None if config.stages else materials.teacher  # which is a stage's own
     return {
         "kind": "run",
         "config": config.model_dump(mode="json", exclude=left_out),
         "model": materials.model_fingerprint,
-        "data": fingerprints([config]),
-        **({"teacher": teacher.fingerprint} if teacher else {}),
+        **({} if config.stages else origins(materials)),
         "dim": materials.space.dim,
         "theta": fingerprint(state.theta),
     }
+
+
+def origins(materials: Materials) -> Line:
+    """Hashes of what a run, or a stage that has begun, learns from."""
+    teacher = {"teacher": materials.teacher.fingerprint} if materials.teacher else {}
+    return {"data": materials.data, **teacher}
 
 
 def _check_header(stages: Stages, ledger: Ledger) -> None:
@@ -239,7 +243,7 @@ def _check_header(stages: Stages, ledger: Ledger) -> None:
     may be another, for what is past."""
     stages.config.stage_after(len(ledger.stages))
     expected, found = header(stages, beginning(stages[0])), dict(flat(ledger.header))
-    del expected["data"]
+    expected.pop("data", None)
     if found.get("kind") != "run":
         raise ValueError(f"{ledger.path}: the first line is not a run's")
     for key, value in flat(expected):
@@ -254,6 +258,12 @@ def _check_teacher(materials: Materials, ledger: Ledger) -> None:
     was = ledger.stages[-1].get("teacher")
     if now != was:
         raise ValueError(f"{ledger.path}: teacher is {now} now, but was {was} when the stage began; it cannot go on")
+
+
+def _check_data(materials: Materials, ledger: Ledger) -> None:
+    """Raises ValueError unless the present stage, or the run that has none, has the data with which it began."""
+    line = ledger.stages[-1] if ledger.stages else ledger.header
+    refuse_changed(line.get("data", {}), materials.data)
 
 
 def save_adapter(materials: Materials, theta: Vector, folder: Path) -> None:

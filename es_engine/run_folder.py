@@ -196,23 +196,24 @@ def refuse_no_place(path: Path) -> None:
     need not be there yet."""
     place = path.absolute()
     try:
-        os.lstat(_partial(place))
+        there = place if place.is_dir() else next(parent for parent in place.parents if os.path.lexists(parent))
+        os.lstat(place if there == place else _partial(place))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give another place") from error
-    parent = next(parent for parent in place.parents if parent.exists())
-    if not parent.is_dir():
-        raise ValueError(f"{path}: {parent} is a file, in which there can be no other; give another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: {parent} may not be written to; give another place")
+    if not there.is_dir():
+        raise ValueError(f"{path}: {there} is no folder, in which there could be another thing; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {there} may not be written to; give another place")
 
 
 def refuse_no_file(path: Path) -> None:
     """Raises ValueError where no file can be written, be it in place of one that is there."""
     refuse_no_place(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: exists and is no file; give the name of one")
+    for each in (path, _partial(path)) if path.name else (path,):
+        if os.path.lexists(each) and not each.is_file():
+            raise ValueError(f"{each}: exists and is no file; give the name of one")
 
 
 def refuse_taken(folder: Path) -> None:
@@ -222,10 +223,19 @@ def refuse_taken(folder: Path) -> None:
         raise ValueError(f"{folder}: exists already; give another folder")
 
 
-def first_free(folder: Path) -> Path:
-    """FOLDER, or if that is taken the first of FOLDER-2, FOLDER-3, ... that is not."""
+def make_first_free(folder: Path) -> Path:
+    """Make FOLDER, or if that is taken the first of FOLDER-2, FOLDER-3, ... that is not; which it was."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     later = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(each for each in chain([folder], later) if not each.exists())
+    return next(each for each in chain([folder], later) if _made(each))
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def is_free(folder: Path, first: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -23,6 +23,7 @@ from es_engine.config import (
 )
 from es_engine.config.base import in_yaml, problem
 from es_engine.config.method import GradientMethodConfig
+from es_engine.data import Fingerprints, data_fingerprints, refuse_changed
 from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
@@ -46,7 +47,7 @@ from workers.pool import Pool
 from workers.prompts import engine_context, load_preparer, surely_fits
 from workers.scoring import open_scorer
 from workers.sources import local_model
-from workers.teacher import Teacher, find_teacher
+from workers.teacher import Teacher, find_teacher, fingerprint_of
 
 CANARY_PROMPTS = 4
 KEPT_PROBLEMS = 4096
@@ -86,6 +87,7 @@ class Materials:
     space: LoraSpace
     method: Method
     teacher: Teacher | None
+    data: Fingerprints
 
     @property
     def model(self) -> Path:
@@ -96,6 +98,19 @@ class Materials:
     def model_fingerprint(self) -> str:
         """A hash of the base model."""
         return self.base.fingerprint
+
+    @property
+    def inputs(self) -> Fingerprints:
+        """Hashes of all that was found outside, by its name in the config."""
+        found = self.data | {"the base model": self.model_fingerprint}
+        taught, init = teacher_of(self.config.method), self.config.space.init
+        if taught is not None and self.teacher is not None:
+            found[f"the teacher {' with '.join(filter(None, (taught.model, taught.adapter)))}"] = (
+                self.teacher.fingerprint
+            )
+        if init is not None:
+            found[init] = fingerprint_of(None, Path(init))
+        return found
 
     def problems(self, split: Split, numbers: Sequence[int]) -> list[Problem]:
         """Problems of a split by number, ready for the model; the last few thousand stay tokenised."""
@@ -141,6 +156,7 @@ def gather(config: Config, base: LocalModel | None = None) -> Materials:
 
 
 def _gather(config: Config, base: LocalModel | None) -> Materials:
+    data = data_fingerprints(config)  # before it is read: a change meanwhile is noticed then, if too strictly
     task = config.task.build()
     model = local_model(config)
     if base is None or base.folder != model:
@@ -156,7 +172,7 @@ def _gather(config: Config, base: LocalModel | None) -> Materials:
     )
     taught = teacher_of(config.method)
     teacher = None if taught is None else find_teacher(taught, model)
-    return Materials(config, task, base, space, _build_method(config, task, base, space, teacher), teacher)
+    return Materials(config, task, base, space, _build_method(config, task, base, space, teacher), teacher, data)
 
 
 def _build_method(config: Config, task: Task, base: LocalModel, space: LoraSpace, teacher: Teacher | None) -> Method:
@@ -255,14 +271,16 @@ class Session:
         others: Sequence[Config] = (),
         *,
         gradients: bool = False,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Begins with a run, on a pool that can also serve `others`; with `gradients` it can hold a model in torch even
-        if none of them asks for one.
+        if none of them asks for one. `inputs` are hashes of what all is made of, as far as it must be the same.
 
         Raises ValueError for anything about the configs that can only be seen with the model and the cluster at hand,
         and where the others differ in what a pool cannot change (see `turn_to`).
         """
-        self.materials = gather(config)
+        self.inputs = dict(inputs or {})
+        self.materials = self._unchanged(gather(config))
         self._needs = needs(self.materials) | Needs(slots=0, gradients=gradients)
         _try_verifier(self.materials)
         for other in others:
@@ -276,7 +294,8 @@ class Session:
         """Have the pool serve another run from now on, on the engines that it has.
 
         Raises ValueError, naming the field, where the run wants another model, pool or engine (but for its chunk), a
-        space of another rank or other targets, or more of the engines than the configs that the session was made for.
+        space of another rank or other targets, or more of the engines than the configs that the session was made for;
+        and where what it is made of has changed since the session began.
         """
         found = self._gathered(config)
         wanted = needs(found)
@@ -295,6 +314,14 @@ class Session:
         if found.base is not self.materials.base:
             accepted = "a model that does not depend on the task, for runs on one pool share it"
             raise problem("model.kind", config.model.kind, accepted)
+        return self._unchanged(found)
+
+    def _unchanged(self, found: Materials) -> Materials:
+        """The materials, of whose inputs the session knows from now on what they were. Raises ValueError if it knows
+        one as another."""
+        now = found.inputs
+        refuse_changed(self.inputs, now)
+        self.inputs |= now
         return found
 
     def settle_chunk(self) -> None:

@@ -17,7 +17,7 @@ from es_engine.ledger import Ledger, Line, fingerprint
 from es_engine.methods.base import Directions, Report
 from es_engine.methods.calibration import calibrate
 from es_engine.methods.es import EvolutionStrategies
-from es_engine.past import Stages, State, checkpoint, header, in_stage, present_stage, restore, save_adapter
+from es_engine.past import Stages, State, checkpoint, header, in_stage, origins, present_stage, restore, save_adapter
 from es_engine.report import write_run_report
 from es_engine.run import Run
 from es_engine.run_folder import RunFolder, write_json_lines
@@ -116,9 +116,7 @@ def _begin_stage(number: int, session: Session, config: Config, ledger: Ledger, 
         session.turn_to(config.by_stage[number])
     state = in_stage(number, state, before, session.materials)
     line = {"kind": "stage", "stage": number, "step": state.step, "method": session.materials.config.method.kind}
-    if session.materials.teacher:
-        line["teacher"] = session.materials.teacher.fingerprint
-    ledger.append({**line, "theta": fingerprint(state.theta)})
+    ledger.append({**line, **origins(session.materials), "theta": fingerprint(state.theta)})
     return state
 
 

@@ -239,16 +239,23 @@ _REGISTRY: dict[str, VerifierFactory] = {}
 
 
 def as_score(verdict: object) -> Score:
-    """Make a Score of what a verifier returned: a Score, a number or None; anything else is an InvalidScore."""
+    """Make a Score of what a verifier returned: a Score, a number, of NumPy and torch too, or None; anything else is an
+    InvalidScore."""
     if verdict is None:
         return Score(None)
     if isinstance(verdict, Score):
-        return verdict if verdict.value is None or _is_finite(verdict.value) else _no_score(verdict.value)
-    return Score(float(verdict)) if _is_finite(verdict) else _no_score(verdict)
+        return verdict if verdict.value is None or _is_finite(_plain(verdict.value)) else _no_score(verdict.value)
+    number = _plain(verdict)
+    return Score(float(number)) if _is_finite(number) else _no_score(verdict)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _is_finite(value: object) -> TypeGuard[SupportsFloat]:
-    """Whether something is a real number, of Python or of NumPy, that a float can hold."""
+    """Whether something is a real number that a float can hold."""
     try:
         return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:  # a whole number that is too large

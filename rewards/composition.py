@@ -161,10 +161,10 @@ def _sum(parts: Sequence[Part], scores: Mapping[str, Score]) -> Score:
             has = ", ".join(score.components) or "none"
             error = f"{part.name}: its verifier gave no component {part.of!r}; it gave {has}"
             return InvalidScore(None, error=error, missing=(part.name,))
-        number = _number(part, score)
-        if (rubbish := as_score(number).error) is not None:  # which a clip could hide
-            return InvalidScore(None, error=f"{part.name}: {rubbish}", missing=(part.name,))
-        numbers[part.name] = number
+        number = as_score(_number(part, score))
+        if number.error is not None:  # infinity, which a clip could hide
+            return InvalidScore(None, error=f"{part.name}: {number.error}", missing=(part.name,))
+        numbers[part.name] = number.value
     components = {part.name: _term(part, numbers) for part in parts if numbers[part.name] is not None}
     accuracy = next((score.accuracy for score in scores.values() if score.accuracy is not None), None)
     notes = {name: score.notes for name, score in scores.items() if score.notes}

@@ -48,14 +48,15 @@ def read_rows(source: str, field: str, dataset: Dataset, fields: Mapping[str, st
     return [_row(record, place, dataset, *columns) for place, record in read_source(source, field)]
 
 
-def reference_of(row: Mapping[str, Any], dataset: Dataset, fields: Mapping[str, str | None]) -> str:
+def reference_of(row: Mapping[str, Any], dataset: Dataset, fields: Mapping[str, str | None], needed: bool) -> str:
     """The reference answer of a row as `read_rows` reads it, or else the `answer` that it has alone, as samples have.
-    Raises ValueError where it has neither."""
+    Where it has neither it is empty, or if it is needed ValueError is raised."""
     _, column = _columns(dataset, fields)
     reference = _reference(row.get(column), dataset) or _text(row.get("answer"))
-    if not reference:
-        raise ValueError(f"`{column}` is {row.get(column)!r:.60}; accepted is {_ACCEPTED[dataset]}")
-    return reference
+    if needed and not reference:
+        alone = ", or the answer alone under `answer`"
+        raise ValueError(f"`{column}` is {row.get(column)!r:.60}; accepted is {_ACCEPTED[dataset]}{alone}")
+    return reference or ""
 
 
 def problem_key(row: Row) -> str:

@@ -170,7 +170,7 @@ def test_a_comparison_of_which_no_run_could_begin_may_be_corrected(tmp_path: Pat
 def test_a_comparison_that_was_killed_before_it_began_can_be_begun(tmp_path: Path) -> None:
     (tmp_path / "comparison.yaml.partial").write_text("name: me")
     open_folder(comparison_of(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.yaml", "data.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.yaml"]
 
 
 def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:

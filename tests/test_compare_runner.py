@@ -255,7 +255,7 @@ def test_a_tracker_that_is_not_installed_ends_a_comparison_before_it_begins(
         pytest.raises(ValueError, match=r"^telemetry.wandb: wandb is not installed; use null, or install it with "),
     ):
         compare(parse_comparison(data), tmp_path / "c")
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["comparison.yaml", "data.json"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["comparison.yaml"]
 
 
 def test_a_bad_comparison_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,18 @@ def test_what_is_no_fair_comparison_is_refused_by_the_place(fields: dict[str, An
             {"method.samples": [2, 4]},
             "1 and 2",
         ),
+        ({}, {"method.top_p": [0.9, 1.0]}, "1 and 2"),
+        ({}, {"method.min_pairs": [None, 16]}, "1 and 2"),
+        ({}, {"space.units": [None, "weight"]}, "1 and 2"),
+        ({}, {"optimizer.decay_to": ["zero", "start"]}, "1 and 2"),
+        (
+            {
+                "method": {"kind": "opd", "teacher": {"adapter": "a"}, "form": "exact"},
+                "optimizer": ADAM,
+            },
+            {"method.importance_cap": [1.0, 2.0]},
+            "1 and 2",
+        ),
         (
             {"stages": [{"method": {"kind": "es"}, "budget": {"tokens": 9}}], "method": {"kind": "es"}},
             {"method.population": [2, 4]},
@@ -188,6 +200,10 @@ def test_what_a_method_uses_may_be_in_its_grid() -> None:
         ({}, {"method.probe_pairs": [1, 2]}),
         (GRPO | {"optimizer": ADAM}, {"method.scale_rewards": ["none", "std"]}),
         ({"method": {"kind": "dpo"}, "optimizer": ADAM}, {"method.samples": [2, 4]}),
+        ({"method": {"temperature": 1.0}}, {"method.top_p": [0.9, 1.0]}),
+        ({}, {"method.min_pairs": [None, 15]}),
+        ({}, {"space.units": [None, "raw"]}),
+        ({"optimizer": {"weight_decay": 0.1, "lr": 1.0}}, {"optimizer.decay_to": ["zero", "start"]}),
         ({"stages": [{"budget": {"tokens": 9}}, {"budget": {"tokens": 8}}]}, {"method.population": [2, 4]}),
     ]
     for run, grid in grids:
@@ -259,8 +275,10 @@ def test_dump_loads_as_the_same_comparison_from_anywhere(tmp_path: Path, monkeyp
 def test_overrides_reach_every_part(tmp_path: Path) -> None:
     path = tmp_path / "comparison.yaml"
     path.write_text(dump_comparison(comparison_of()))
-    overrides = ["budget.tokens=7", "run.task.max_tokens=9", "runs.es.grid.optimizer.lr=[1.0, 2.0]"]
-    config = load_comparison(path, overrides).trial("es", 2)
+    overrides = ["budget.tokens=7", "run.task.max_tokens=9", "runs.es.grid.optimizer.lr=[1.0, 2.0]", "seeds=[4, 5]"]
+    comparison = load_comparison(path, overrides)
+    assert comparison.seeds == (4, 5)
+    config = comparison.trial("es", 2)
     assert (config.budget.tokens, config.task.max_tokens, config.optimizer.lr) == (7, 9, 2.0)
 
 
@@ -282,10 +300,20 @@ def test_an_override_of_a_run_that_is_not_there_is_refused(tmp_path: Path, overr
 def test_an_override_may_add_a_whole_run(tmp_path: Path) -> None:
     path = tmp_path / "comparison.yaml"
     path.write_text(dump_comparison(comparison_of(runs={"es": {}})))
-    overrides = ["runs.wide={method: {population: 64}}", "other_tasks.game={kind: guess}"]
+    overrides = ["runs.wide={method: {population: 64}}", "runs.wide.method.prompts=4", "other_tasks.game={kind: guess}"]
     comparison = load_comparison(path, overrides)
     assert list(comparison.runs) == ["es", "wide"]
     assert list(comparison.other_tasks) == ["game"]
+    method = comparison.final("wide", {}, 1).method
+    assert (method.population, method.prompts) == (64, 4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("override", ["seeds", "=3", "", "runs"])
+def test_what_is_no_override_is_refused_in_words(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "comparison.yaml"
+    path.write_text(dump_comparison(comparison_of()))
+    with pytest.raises(ConfigError, match=f"^override {override}: accepted is KEY=VALUE"):
+        load_comparison(path, [override])
 
 
 def test_files_that_hold_no_comparison_are_named(tmp_path: Path) -> None:

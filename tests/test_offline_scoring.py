@@ -156,10 +156,30 @@ def test_a_line_of_maths_without_an_answer_is_refused(tmp_path: Path) -> None:
     task = load_task("math", [f"task.data={DATA / 'gsm8k/test.jsonl'}", "task.dataset=gsm8k"])
     source = write_lines(tmp_path / "in.jsonl", {**MATHS, "answer": "42"}, MATHS)
     with pytest.raises(
-        ValueError, match=r"line 2: `answer` is None; accepted is text that ends in #### and the answer"
+        ValueError, match=r"line 2: `answer` is None; accepted is text that .*, or the answer alone under"
     ):
         scoring.score_file(task, source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_verifier_of_yours_may_do_without_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(rollout):\n    return 1 / (1 + len(rollout.answer))\n")
+    mine = f"{tmp_path / 'mine.py'}:short"
+    source = write_lines(tmp_path / "in.jsonl", MATHS)
+    for chosen in (f"task.verifier={mine}", f"task.reward={{short: {{verifier: '{mine}'}}}}"):
+        task = load_task("math", [f"task.data={DATA / 'gsm8k/test.jsonl'}", "task.dataset=gsm8k", chosen])
+        assert scoring.score_file(task, source, tmp_path / "out.jsonl")["score"] == 1
+
+
+@pytest.mark.parametrize("kind", ["countdown", "sudoku", "conciseness", "reasoning_gym"])
+def test_a_verifier_of_yours_sees_the_answer_of_training(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "mine.py").write_text("def same(rollout):\n    return float(rollout.completion == rollout.answer)\n")
+    dataset = ["task.dataset=chain_sum"] if kind == "reasoning_gym" else []
+    task = load_task(kind, [f"task.verifier={tmp_path / 'mine.py'}:same", *dataset])
+    examples = [task.build().example("train", number) for number in range(4)]
+    lines = ({**example.info, "prompt": "p", "completion": example.answer} for example in examples)
+    source = write_lines(tmp_path / "in.jsonl", *lines)
+    assert scoring.score_file(task, source, tmp_path / "out.jsonl")["score"] == 1
 
 
 def test_the_answer_of_a_chat_is_in_the_column_that_the_task_names(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from small_runs import SessionPool, small_config, train_here, write_rows
 
 from es_engine import run_folder, session
 from es_engine.config import dump_comparison, dump_config, load_config
-from es_engine.run_folder import write_text
+from es_engine.run_folder import make_first_free, refuse_no_place, write_text
 
 ES = {"kind": "es", "population": 4, "prompts": 2, "sigma": 0.1}
 
@@ -33,6 +34,7 @@ def here(tmp_path: Path, random_llama: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     return tmp_path
 
 
@@ -52,8 +54,10 @@ def test_a_place_that_cannot_be_is_refused_before_any_work(here: Path, name: str
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     makes_file = name in ("score", "report")
     places = {
-        "file/x": f"{here / 'file'} is a file, in which there can be no other; give another place",
-        "file/x/y": f"{here / 'file'} is a file, in which there can be no other; give another place",
+        "file/x": f"{here / 'file'} is no folder, in which there could be another thing; give another place",
+        "file/x/y": f"{here / 'file'} is no folder, in which there could be another thing; give another place",
+        "nowhere/x": f"{here / 'nowhere'} is no folder, in which there could be another thing; give another place",
+        "/": "exists",
         "x" * 300: f"{os.strerror(errno.ENAMETOOLONG)}; give another place",
         "folder": "exists and is no file; give the name of one" if makes_file else "exists",
         **({} if makes_file else {"file": "exists"}),
@@ -70,6 +74,29 @@ def test_a_folder_that_may_not_be_written_to_is_refused(here: Path) -> None:
     with patch.object(os, "access", lambda path, _mode: Path(path) != here / "folder"):  # the root may write anywhere
         sentence = refusal("score", *COMMANDS["score"], "folder/new/out.jsonl")
     assert sentence == f"folder/new/out.jsonl: {here / 'folder'} may not be written to; give another place"
+
+
+def test_a_folder_that_is_there_may_lie_in_one_that_may_not_be_written_to(here: Path) -> None:
+    """As a mounted one does."""
+    with patch.object(os, "access", lambda path, _mode: Path(path) != here):
+        refuse_no_place(here / "folder")
+        with pytest.raises(ValueError, match="may not be written to"):
+            refuse_no_place(here / "new")
+
+
+def test_half_a_file_that_is_a_folder_is_refused(here: Path) -> None:
+    (here / "out.jsonl.partial").mkdir()
+    sentence = refusal("score", *COMMANDS["score"], "out.jsonl")
+    assert sentence == "out.jsonl.partial: exists and is no file; give the name of one"
+
+
+def test_who_comes_first_has_the_first_free_folder(tmp_path: Path) -> None:
+    (tmp_path / "a-2").write_text("a file")
+    (tmp_path / "a-4").symlink_to(tmp_path / "absent")
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: make_first_free(tmp_path / "a").name, range(32)))
+    assert len(set(made)) == 32
+    assert not {"a-2", "a-4"} & set(made)
 
 
 def test_evaluations_are_kept_beside_each_other(here: Path) -> None:

@@ -638,3 +638,14 @@ def test_a_cluster_that_cannot_be_started_is_one_sentence(monkeypatch: pytest.Mo
         ValueError, match=r"^pool.address: no Ray cluster could be started here \(The current node timed"
     ):
         clusters.connect(None)
+
+
+def test_an_interrupt_while_a_cluster_starts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes a SystemError of it, by which the command line knows it."""
+
+    def interrupted(**_: object) -> None:
+        raise SystemError("returned a result with an exception set")
+
+    monkeypatch.setattr(clusters, "ray", SimpleNamespace(init=interrupted, is_initialized=lambda: False))
+    with pytest.raises(SystemError):
+        clusters.connect(None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rewards.base import InvalidScore, Rollout, Score, VerifierSpec, as_score, register
 
@@ -38,9 +39,11 @@ def test_rubbish_becomes_an_error(verdict: object) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_number_of_numpy_is_what_it_is() -> None:
-    assert as_score(np.float32(0.5)) == Score(0.5)
-    assert as_score(np.int64(2)) == Score(2.0)
+def test_a_number_of_numpy_or_torch_is_what_it_is() -> None:
+    numbers = (np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.int64(2), np.bool_(True), torch.tensor(True))
+    assert [as_score(number).value for number in numbers] == [0.5, 0.5, 0.5, 2.0, 1.0, 1.0]
+    for rubbish in (np.ones(1), torch.ones(2)):
+        assert isinstance(as_score(rubbish), InvalidScore)
     for verdict in (np.float32("inf"), np.float32("nan"), Score(np.float32("-inf"))):
         assert isinstance(as_score(verdict), InvalidScore)
 

@@ -49,6 +49,8 @@ def _initialise(address: str | None) -> None:
         try:
             with _on_loopback():
                 ray.init(address="local", include_dashboard=False, **quiet)
+        except SystemError:  # what Ray makes of an interrupt that comes meanwhile
+            raise
         except Exception as error:  # of no kind of its own where a busy machine takes longer than Ray waits
             raise ValueError(
                 f"pool.address: no Ray cluster could be started here ({error}); try again when this machine has less "

@@ -39,7 +39,7 @@ def find_teacher(config: TeacherConfig, student: Path) -> Teacher:
         model=None if model == student else model,
         adapter=adapter,
         parameters=multiplying_parameters(model) + (_adapter_parameters(adapter, model) if adapter else 0),
-        fingerprint=_fingerprint(None if model == student else model, adapter),
+        fingerprint=fingerprint_of(None if model == student else model, adapter),
     )
 
 
@@ -89,7 +89,8 @@ def _adapter_parameters(adapter: Path, model: Path) -> int:
     return sum(pair.a.size + pair.b.size for pair in pairs)
 
 
-def _fingerprint(model: Path | None, adapter: Path | None) -> str:
+def fingerprint_of(model: Path | None, adapter: Path | None) -> str:
+    """A hash of what a model with a PEFT adapter computes, each where there is one."""
     whole = hashlib.sha256()
     if model is not None:
         whole.update(fingerprint(model).encode())

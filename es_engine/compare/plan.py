@@ -3,7 +3,7 @@
 A comparison's folder:
 
     comparison.yaml         what is compared
-    data.json               hashes of the data sets that it names
+    inputs.json             hashes of what its runs are made of: data sets, models, adapters
     tuning/RUN/trial-02/    a run folder for each trial of a grid, evaluated on the validation split
     runs/RUN/seed-1/        a run folder for each final run, evaluated on the test split, with its measures.json
 
@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from es_engine.compare.held_out import held_out_scores
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison, on_other_task
 from es_engine.config.comparison import Setting
-from es_engine.data import fingerprints, refuse_changed
+from es_engine.data import Fingerprints
 from es_engine.run_folder import RunFolder, is_free, refuse_no_place, refuse_ways_out, write_text
 from rewards.base import Task
 
@@ -34,7 +36,7 @@ Stage = Literal["absent", "begun", "trained", "finished"]
 
 MEASURES_FILE = "measures.json"
 CONFIG_FILE = "comparison.yaml"
-DATA_FILE = "data.json"
+INPUTS_FILE = "inputs.json"
 MOST_REPEATED = 0.05
 """The share of test problems that may be the same as others."""
 
@@ -194,24 +196,39 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed, and
     all of it where no run has begun.
 
-    Raises ValueError if it holds another comparison, one of other data, or something else.
+    Raises ValueError if it holds another comparison, or something else.
     """
-    file, data_file = folder / CONFIG_FILE, folder / DATA_FILE
+    file = folder / CONFIG_FILE
     refuse_no_place(folder)
-    data = fingerprints(every_config(comparison))
     if file.is_file():
         refuse_ways_out(folder)
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
-        begun = any((folder / part).exists() for part in ("tuning", "runs"))
-        if begun and load_comparison(file).model_copy(update=free) != comparison:
+        if _has_begun(folder) and load_comparison(file).model_copy(update=free) != comparison:
             raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")
-        if begun:
-            known = json.loads(data_file.read_text()) if data_file.is_file() else {}
-            refuse_changed(known, data, folder, "comparison")
     elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
     write_text(file, dump_comparison(comparison))
-    write_text(data_file, json.dumps(data, indent=2) + "\n")
+
+
+def known_inputs(folder: Path) -> Fingerprints:
+    """Hashes of what the runs of a comparison are made of, so that those to come are made of the same; nothing where
+    none has begun. Raises ValueError, naming the file, if it holds no such thing."""
+    file = folder / INPUTS_FILE
+    if not (_has_begun(folder) and file.is_file()):
+        return {}
+    try:
+        return TypeAdapter(Fingerprints).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{file}: accepted is a JSON object of hashes by name; it was damaged, remove it") from error
+
+
+def keep_inputs(folder: Path, inputs: Fingerprints) -> None:
+    """Have `known_inputs` find these."""
+    write_text(folder / INPUTS_FILE, json.dumps(inputs, indent=2) + "\n")
+
+
+def _has_begun(folder: Path) -> bool:
+    return any((folder / part).exists() for part in ("tuning", "runs"))
 
 
 def check_splits(comparison: ComparisonConfig) -> None:

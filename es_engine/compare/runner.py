@@ -15,7 +15,17 @@ from rich.console import Console
 
 from es_engine.compare.measures import Scores, write_measures
 from es_engine.compare.measuring import measure, measure_other_tasks
-from es_engine.compare.plan import Trial, check_splits, choose, every_config, final_trials, open_folder, pending
+from es_engine.compare.plan import (
+    Trial,
+    check_splits,
+    choose,
+    every_config,
+    final_trials,
+    keep_inputs,
+    known_inputs,
+    open_folder,
+    pending,
+)
 from es_engine.compare.progress import Progress
 from es_engine.compare.summary import summarise
 from es_engine.compare.tables import details, results, tables
@@ -63,7 +73,8 @@ def _run(comparison: ComparisonConfig, folder: Path) -> None:
     for telemetry in {config.telemetry for config in configs}:
         check_places(telemetry)
     console, progress = Console(), Progress(comparison, folder)
-    with Session(first, notices, others, gradients=True) as session:
+    with Session(first, notices, others, gradients=True, inputs=known_inputs(folder)) as session:
+        keep_inputs(folder, session.inputs)
         for trial in _until_done(comparison, folder):
             console.print(progress.title(trial), markup=False, highlight=False)
             started = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,16 @@ class ConfigModel(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Its own fields that do nothing, as the others are."""
+        return ()
+
+    @property
+    def as_used(self) -> Self:
+        """The same with idle fields as by default: equal for those that do the same, as far as that can be seen."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.idle})
 
 
 def plain_or_mapping(value: object) -> str:

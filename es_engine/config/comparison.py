@@ -36,7 +36,6 @@ from es_engine.config.loading import (
     read_tree,
     with_absolute_paths,
 )
-from es_engine.config.method import as_used
 from es_engine.config.model import TinyModelConfig
 from es_engine.config.root import Config, Name, generates
 from es_engine.config.tasks import TaskConfig
@@ -215,10 +214,7 @@ class ComparisonConfig(ConfigModel):
     def _refuse_equal_trials(self, run: str, configs: Sequence[Config]) -> None:
         """Raises ValueError where two settings of a grid come to the same training: another run had more to choose
         from."""
-        trained = [
-            [each.model_copy(update={"method": as_used(each.method)}).model_dump(exclude=UNUSED) for each in by_stage]
-            for by_stage in (config.by_stage for config in configs)
-        ]
+        trained = [[_what_trains(stage) for stage in config.by_stage] for config in configs]
         for (number, one), (other, two) in combinations(enumerate(trained, start=1), 2):
             if one == two:
                 accepted = f"settings that differ in training, which those of trials {number} and {other} do not"
@@ -281,13 +277,16 @@ def on_other_task(config: Config, task: TaskConfig) -> Config:
 
 def _refuse_unknown(overrides: Sequence[str], tree: Tree) -> None:
     """Raises ConfigError for an override of a part of a run, or of another task, that is not there: a slip would add
-    one."""
+    one. One that gives it whole may add it."""
+    known = {part: list(tree[part]) if isinstance(tree.get(part), dict) else [] for part in ("runs", "other_tasks")}
     for override in overrides:
-        part, name, *inner = override.partition("=")[0].split(".")
-        known = tree.get(part)
-        if part in ("runs", "other_tasks") and inner and isinstance(known, dict | None) and name not in (known or {}):
-            accepted = ", ".join(f"{part}.{each}" for each in known or {}) or f"none, for there are no {part}"
-            raise ConfigError(f"override {override}: there is no {part}.{name}, accepted are {accepted}")
+        part, *names = override.partition("=")[0].split(".")
+        if part not in known or not names:
+            continue
+        if len(names) > 1 and names[0] not in known[part]:
+            accepted = ", ".join(f"{part}.{each}" for each in known[part]) or f"none, for there are no {part}"
+            raise ConfigError(f"override {override}: there is no {part}.{names[0]}, accepted are {accepted}")
+        known[part].append(names[0])
 
 
 def _with_whole_parts(tree: Tree, folder: Path) -> Tree:
@@ -336,6 +335,13 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree[part]
     return tree
+
+
+def _what_trains(config: Config) -> Tree:
+    """All of a config that its training depends on, equal for configs that train alike, as far as can be seen."""
+    space = config.space.model_copy(update={"units": config.units})
+    used = {"space": space, "method": config.method.as_used, "optimizer": config.optimizer.as_used}
+    return config.model_copy(update=used).model_dump(exclude=UNUSED)
 
 
 def _differences(config: Config, reference: Config) -> Iterator[tuple[str, Any, Any]]:

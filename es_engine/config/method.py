@@ -79,6 +79,17 @@ class EsMethodConfig(ConfigModel):
         default=(0.01, 0.03, 0.1, 0.3, 1.0), description="The sigmas tried when sigma is auto."
     )
 
+    @property
+    def pairs(self) -> int:
+        """The pairs of a generation; without mirrored, its members."""
+        return self.population // 2 if self.mirrored else self.population
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        probes = () if self.sigma == "auto" else ("probe_pairs", "probe_sigmas")
+        greedy = ("top_p",) if self.temperature == 0 else ()
+        return (*probes, *greedy, *(("min_pairs",) if self.min_pairs == self.pairs else ()))
+
     @model_validator(mode="after")
     def _population_is_possible(self) -> Self:
         if self.mirrored and self.population % 2:
@@ -91,9 +102,8 @@ class EsMethodConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _pairs_are_there(self) -> Self:
-        pairs = self.population // 2 if self.mirrored else self.population
-        if self.min_pairs is not None and self.min_pairs > pairs:
-            raise problem("min_pairs", self.min_pairs, f"null or at most {pairs}, the pairs of a generation")
+        if self.min_pairs is not None and self.min_pairs > self.pairs:
+            raise problem("min_pairs", self.min_pairs, f"null or at most {self.pairs}, the pairs of a generation")
         if self.min_pairs is not None and self.fitness == "teacher":
             raise problem("min_pairs", self.min_pairs, "null while fitness is teacher")
         return self
@@ -206,6 +216,10 @@ class GrpoMethodConfig(PolicyMethodConfig):
         """`scale_rewards`, or what suits the loss."""
         return self.scale_rewards or ("none" if self.loss == "dr_grpo" else "std")
 
+    @property
+    def as_used(self) -> Self:
+        return super().as_used.model_copy(update={"scale_rewards": self.reward_scale})
+
 
 class OpdMethodConfig(PolicyMethodConfig):
     """On-policy distillation (Agarwal et al., arXiv 2306.13649; Lu and Thinking Machines Lab, 2025)."""
@@ -238,6 +252,10 @@ class OpdMethodConfig(PolicyMethodConfig):
     def weighted(self) -> bool:
         """Whether the engine's log-probabilities weigh tokens."""
         return self.form == "sampled" and self.importance_cap is not None
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return ("importance_cap",) if self.form == "exact" else ()
 
 
 class SftMethodConfig(GradientMethodConfig):
@@ -274,6 +292,10 @@ class DpoMethodConfig(GradientMethodConfig):
         default=8, description="Without data: prompts whose completions are drawn in one engine call."
     )
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return () if self.data is None else ("samples", "temperature", "top_p", "chunk")
+
 
 MethodConfig = Annotated[
     EsMethodConfig | GrpoMethodConfig | OpdMethodConfig | SftMethodConfig | DpoMethodConfig,
@@ -284,19 +306,6 @@ MethodConfig = Annotated[
 def teacher_of(method: MethodConfig) -> TeacherConfig | None:
     """The teacher that a method learns from, if any."""
     return method.teacher if isinstance(method, EsMethodConfig | OpdMethodConfig) else None
-
-
-def as_used(method: MethodConfig) -> MethodConfig:
-    """The same method, with its default for what it does not use and what null stands for in place of null: equal for
-    methods that do the same."""
-    unused: tuple[str, ...] = ()
-    if isinstance(method, GrpoMethodConfig):
-        return method.model_copy(update={"scale_rewards": method.reward_scale})
-    if isinstance(method, EsMethodConfig) and method.sigma != "auto":
-        unused = ("probe_pairs", "probe_sigmas")
-    if isinstance(method, DpoMethodConfig) and method.data is not None:
-        unused = ("samples", "temperature", "top_p", "chunk")
-    return method.model_copy(update={name: type(method).model_fields[name].default for name in unused})
 
 
 def uses_torch(method: MethodConfig) -> bool:

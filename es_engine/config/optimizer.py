@@ -30,6 +30,10 @@ class SgdConfig(ConfigModel):
         default="zero", description="Where the decay leads: zero (the base model) or the start of the run."
     )
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return ("decay_to",) if self.weight_decay == 0 else ()
+
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
@@ -65,6 +69,10 @@ class AdamWConfig(ConfigModel):
     decay_to: DecayTo = Field(
         default="zero", description="Where the decay leads: zero (the base model) or the start of the run."
     )
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return ("decay_to",) if self.weight_decay == 0 else ()
 
 
 OptimizerConfig = Annotated[SgdConfig | AdamConfig | AdamWConfig, Field(discriminator="kind")]

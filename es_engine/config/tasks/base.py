@@ -75,6 +75,8 @@ class SingleTurnTaskConfig(TaskConfigModel):
     """The fields of every task whose problems are answered with one completion."""
 
     makes: ClassVar[type[SingleTurnTask]]
+    answer_column: ClassVar[str] = "answer"
+    """Where a row of the task has its answer."""
 
     verifier: Text | None = Field(
         default=None,
@@ -101,9 +103,16 @@ class SingleTurnTaskConfig(TaskConfigModel):
         return task
 
     def reference(self, row: Mapping[str, Any]) -> str:
-        """The answer that a data row gives, empty if it gives none. Raises ValueError where the task needs one."""
-        answer = row.get("answer")
-        return "" if answer is None else str(answer)
+        """The answer of a data row as training reads it, or else what it has under `answer`; empty if it has none.
+        Raises ValueError where the task's verifier needs one."""
+        given = (row.get(self.answer_column), row.get("answer"))
+        return next((str(answer) for answer in given if answer is not None), "")
+
+    @property
+    def asks_own_verifier(self) -> bool:
+        """Whether the task's own verifier has a say."""
+        asked = [part.verifier for part in (self.reward or {}).values()] or [OWN]
+        return self.verifier is None and OWN in asked
 
 
 class MultiTurnTaskConfig(TaskConfigModel):

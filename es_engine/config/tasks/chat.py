@@ -52,16 +52,15 @@ class ChatTaskConfig(SingleTurnTaskConfig):
 
     @model_validator(mode="after")
     def _something_scores(self) -> Self:
-        asked = [part.verifier for part in (self.reward or {}).values()] or [OWN]
-        if self.reward_model is None and self.verifier is None and OWN in asked:
+        if self.reward_model is None and self.asks_own_verifier:
             accepted = f"a model, unless task.verifier or parts of task.reward, none of them {OWN}, score the answers"
             raise problem("reward_model", None, accepted)
         return self
 
     def reference(self, row: Mapping[str, Any]) -> str:
-        """The good answer that a data row gives, empty if it gives none."""
-        column = self.fields and self.fields.answer
-        return super().reference({"answer": row.get(column)} if column else row)
+        """The good answer of a data row, empty if it has none."""
+        column = (self.fields and self.fields.answer) or self.answer_column
+        return super().reference({"answer": row.get(column)})
 
     def build(self) -> SingleTurnTask:
         """The task itself. Raises ValueError, naming the field, for values that give no prompts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,3 +37,9 @@ class ConcisenessTaskConfig(SingleTurnTaskConfig):
     weights: ConcisenessWeightsConfig | None = Field(
         default=None, description="Weights of the components of conciseness's reward; null: length 1, correct 0."
     )
+
+    def reference(self, row: Mapping[str, Any]) -> str:
+        """The shortest right answer of a data row, empty if it has none."""
+        answers = row.get("answers")
+        known = [answer for answer in answers if isinstance(answer, str)] if isinstance(answers, list) else []
+        return min(known, key=len) if known else super().reference(row)

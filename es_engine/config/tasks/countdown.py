@@ -41,6 +41,7 @@ class CountdownTaskConfig(SingleTurnTaskConfig):
     """Countdown: write an expression of the given numbers, each exactly once, that equals the target."""
 
     makes: ClassVar[type[SingleTurnTask]] = Countdown
+    answer_column: ClassVar[str] = "target"
 
     kind: Literal["countdown"] = Field(default="countdown", description="Reach a target with all the given numbers.")
     numbers: Counts = Field(default=(3,), description="How many numbers a problem has: one of these at random.")

@@ -58,5 +58,6 @@ class MathTaskConfig(SingleTurnTaskConfig):
 
     def reference(self, row: Mapping[str, Any]) -> str:
         """The answer of a data row, read as a row of the data set or, where it is not one, as the answer alone. Raises
-        ValueError where it has none."""
-        return reference_of(row, self.dataset, self.fields.model_dump() if self.fields else {})
+        ValueError where it has none, unless none of those that score is the task's own verifier."""
+        fields = self.fields.model_dump() if self.fields else {}
+        return reference_of(row, self.dataset, fields, needed=self.asks_own_verifier)

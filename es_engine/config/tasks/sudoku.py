@@ -34,6 +34,7 @@ class SudokuTaskConfig(SingleTurnTaskConfig):
     """Sudoku: fill in the empty cells so that every row, column and box holds every digit once."""
 
     makes: ClassVar[type[SingleTurnTask]] = Sudoku
+    answer_column: ClassVar[str] = "solution"
 
     kind: Literal["sudoku"] = Field(default="sudoku", description="Fill in the empty cells of a grid by the rules.")
     size: Literal[4, 9] = Field(default=4, description="Rows, columns and digits of a grid.")
