@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from es_engine.config import Config, explain, load_comparison, load_config, load_task, task_kinds
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+WIDEST = 10_000
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -179,7 +180,7 @@ def tasks(
         table = Table("task", "what it is", box=None, pad_edge=False)
         for kind, model in task_kinds().items():
             table.add_row(kind, (model.__doc__ or "").splitlines()[0])
-        Console().print(table)
+        _show(table)
         return
     from es_engine.scoring import graded
 
@@ -225,7 +226,7 @@ def status(run: RunDir) -> None:
     for name, value in {**_status_row(found), "process": found.process or ""}.items():
         if value:
             table.add_row(name, _text(value))
-    Console().print(table)
+    _show(table)
 
 
 @app.command()
@@ -237,10 +238,10 @@ def runs(folders: RunsOrFolders) -> None:
     rows = [_status_row(read_status(run)) for run in find_runs(folders)]
     if not rows:
         raise ValueError(f"{folders[0]}: neither a run folder nor a folder of them")
-    table = Table(*rows[0], box=None, pad_edge=False)
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(_text, row.values()))
-    Console().print(table)
+    _show(table)
 
 
 @app.command()
@@ -339,7 +340,7 @@ def doctor(
     for check in checks:
         status = Text(check.status, colours[check.status])
         table.add_row(_text(check.name), status, _text(check.detail), _text(check.remedy))
-    Console().print(table)
+    _show(table)
     raise typer.Exit(1 if any(check.status == "fail" for check in checks) else 0)
 
 
@@ -386,6 +387,11 @@ def _say(what: object, err: bool = False) -> None:
     typer.echo(visible(discreet(str(what))), err=err)
 
 
+def _show(table: Table) -> None:
+    """Print a table: as wide as it is, where it goes to no terminal."""
+    Console(width=None if sys.stdout.isatty() else WIDEST).print(table)
+
+
 def _text(words: str) -> Text:
     """Anybody's words in a table."""
     return Text(visible(discreet(words)))
@@ -425,7 +431,7 @@ def _show_end(summary: dict[str, Any]) -> None:
     for name in ("before", "after"):
         line = summary[name]
         table.add_row(name, _figure(line["reward"]), _figure(line["accuracy"]), _interval(line["accuracy_ci95"]))
-    Console().print(table)
+    _show(table)
     run = summary["run"]
     _say(f"run: {run}\nadapter: {run}/adapter\nreport: {run}/report.html")
 
@@ -434,7 +440,7 @@ def _print_summary(summary: dict[str, object]) -> None:
     table = Table("figure", "value", box=None, pad_edge=False)
     for key, value in summary.items():
         table.add_row(_text(key), _text(json.dumps(value)))
-    Console().print(table)
+    _show(table)
 
 
 def _print_graded(graded: Graded) -> None:

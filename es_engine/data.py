@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from es_engine.config import Config
+from es_engine.config.loading import verifier_file
 from rewards.problems import fingerprint
 
 Fingerprints = dict[str, str]
@@ -15,6 +16,15 @@ def data_fingerprints(config: Config) -> Fingerprints:
     """Of the files, folders and hub data sets that a config without stages takes problems, demonstrations and
     preferences from. Raises ValueError, naming the field, for one that is not there."""
     return {source: fingerprint(source, field) for source, field in sorted({*_sources(config)})}
+
+
+def verifier_fingerprints(config: Config) -> Fingerprints:
+    """Of the files, alone, in which the verifiers, or the environment, of a config's task are."""
+    task = config.task
+    parts = (getattr(task, "reward", None) or {}).values()
+    names = [getattr(task, "verifier", None), getattr(task, "environment", None), *(part.verifier for part in parts)]
+    files = {file for name in names if name is not None and (file := verifier_file(name)) is not None}
+    return {file: fingerprint(file, "task.verifier") for file in sorted(files)}
 
 
 def refuse_changed(known: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE_S
         while not _taken(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise ValueError(f"{folder}: {_named(file)} trains in this run folder; wait for its end, or stop it")
+                raise ValueError(f"{folder}: {_named(file)} is at work in this folder; wait for its end, or stop it")
             time.sleep(PATIENCE_S / 20)
         file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")

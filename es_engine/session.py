@@ -23,7 +23,7 @@ from es_engine.config import (
 )
 from es_engine.config.base import in_yaml, problem
 from es_engine.config.method import GradientMethodConfig
-from es_engine.data import Fingerprints, data_fingerprints, refuse_changed
+from es_engine.data import Fingerprints, data_fingerprints, refuse_changed, verifier_fingerprints
 from es_engine.methods import chunk_size, population
 from es_engine.methods.base import Method
 from es_engine.methods.dpo import Dpo, pairs
@@ -102,7 +102,7 @@ class Materials:
     @property
     def inputs(self) -> Fingerprints:
         """Hashes of all that was found outside, by its name in the config."""
-        found = self.data | {"the base model": self.model_fingerprint}
+        found = self.data | verifier_fingerprints(self.config) | {"the base model": self.model_fingerprint}
         taught, init = teacher_of(self.config.method), self.config.space.init
         if taught is not None and self.teacher is not None:
             found[f"the teacher {' with '.join(filter(None, (taught.model, taught.adapter)))}"] = (

@@ -11,6 +11,7 @@ from run_folders import SHARED, comparison_of, finish
 from small_runs import small_config, train_here
 
 from es_engine.compare.plan import (
+    BEFORE_FILE,
     MEASURES_FILE,
     Trial,
     check_splits,
@@ -118,6 +119,15 @@ def test_a_setting_that_gives_few_answers_which_can_be_scored_does_not_win_by_th
     assert tuning_results(comparison, tmp_path)["es"][1].reward == 1 / 8
 
 
+def test_a_setting_does_not_win_by_a_floor_of_its_own(tmp_path: Path) -> None:
+    comparison = comparison_of(runs={"es": {"grid": {"optimizer.lr": [1.0, 2.0]}}})
+    sound, mute = tuning_trials(comparison)
+    finish(sound, tmp_path, np.ones((2, 8)), np.stack([np.full(8, 0.1), np.full(8, 0.5)]))
+    finish(mute, tmp_path, np.ones((2, 8)), np.stack([np.full(8, 1.0), [1.0, *[np.nan] * 7]]))
+    assert choose(comparison, tmp_path)["es"].number == 1
+    assert tuning_results(comparison, tmp_path)["es"][1].reward == pytest.approx((1 + 7 * 0.1) / 8)
+
+
 def test_an_unfinished_trial_decides_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tuning/es/trial-01: this trial is not finished"):
         choose(comparison_of(), tmp_path)
@@ -151,8 +161,11 @@ def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path)
     open_folder(comparison_of(), folder)
     open_folder(comparison_of(seeds=[1, 2, 3, 4], thresholds=[0.5]), folder)
     (folder / "runs").mkdir()
-    with pytest.raises(ValueError, match=r"methods: it holds another comparison"):
+    with pytest.raises(
+        ValueError, match=r"methods: it holds another comparison, whose budget.tokens is 4000 and not 5;"
+    ):
         open_folder(comparison_of(budget={"tokens": 5}), folder)
+    assert load_comparison(folder / "comparison.yaml").budget.tokens == 4000
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
     for taken in (tmp_path / "other", tmp_path / "other" / "notes"):
@@ -163,7 +176,9 @@ def test_a_folder_belongs_to_one_comparison_which_may_gain_seeds(tmp_path: Path)
 def test_a_comparison_of_which_no_run_could_begin_may_be_corrected(tmp_path: Path) -> None:
     open_folder(comparison_of(), tmp_path)
     corrected = comparison_of(budget={"tokens": 5})
+    (tmp_path / BEFORE_FILE).write_text("{}")  # of other tasks that it may have no longer
     open_folder(corrected, tmp_path)
+    assert not (tmp_path / BEFORE_FILE).exists()
     assert load_comparison(tmp_path / "comparison.yaml") == corrected
 
 

@@ -24,7 +24,7 @@ from es_engine.compare.measures import (
     read_measures,
     scores_of,
 )
-from es_engine.compare.outcome import read_outcome
+from es_engine.compare.outcome import read_outcome, with_one_floor
 from es_engine.compare.plan import MEASURES_FILE, Trial, pending
 from es_engine.compare.statistics import difference, share_interval
 from es_engine.compare.summary import summarise
@@ -85,8 +85,10 @@ def test_an_outcome_is_what_the_folder_says(tmp_path: Path) -> None:
     assert found.costs == (Costs(), Costs(2000, 10_000, 2 * 10**9, 4.0), Costs(4000, 20_000, 4 * 10**9, 8.0))
     assert found.accuracy is not None
     assert found.accuracy.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
-    assert found.rewards[2].tolist() == [1, 0, 0, 0]
-    assert found.best == 1
+    np.testing.assert_array_equal(found.rewards[2], [1, 0, 0, np.nan])
+    (filled,) = with_one_floor([found])
+    assert filled.rewards[2].tolist() == [1, 0, 0, 0]
+    assert filled.best == 1
     assert (found.failed, found.constant, found.seconds, found.evaluating.generated) == (1 / 8, 1 / 4, 8.0, 3 * 64)
 
 
@@ -351,8 +353,45 @@ def test_runs_without_verdicts_are_compared_by_rewards_of_which_a_missing_one_is
     assert found["runs"]["es"]["thresholds"][0]["costs"]["steps"] is None
     made = {table.heading: table for table in tables(found)}
     assert next(iter(made)) == "Held-out reward"
+    assert "Cost to reach an accuracy" not in made
     assert made["At equal cost"].text.startswith("Held-out reward")
     assert made["At equal cost"].rows[0][1].startswith("0.175")
+
+
+def test_no_run_gains_by_answers_without_a_score(tmp_path: Path) -> None:
+    """With a floor of its own, the run whose only scored answer is a good one would have that for all."""
+    comparison = comparison_of(runs={"mute": {}, "sound": {}}, seeds=[1], run={**SHARED, "evaluation": {"problems": 4}})
+    before = [0.2, 0.3, 0.4, 1.0]
+    for trial in pending(comparison, tmp_path):
+        start, end = ([1.0, *[np.nan] * 3], [np.nan] * 4) if trial.run == "mute" else (before, [0.5] * 4)
+        finish(trial, tmp_path, np.full((2, 4), np.nan), np.array([start, end]), made_up_measures(4))
+    found = summarise(comparison, tmp_path)
+    finals = {run: data["figures"]["reward_final"]["mean"] for run, data in found["runs"].items()}
+    assert (found["floor"], finals) == (0.2, {"mute": pytest.approx(0.2), "sound": 0.5})
+    assert found["runs"]["mute"]["figures"]["reward_before"]["mean"] == pytest.approx((1 + 3 * 0.2) / 4)
+    made = {table.heading: table.text for table in tables(found)}
+    for heading in ("Held-out reward", "Differences"):
+        assert "A problem without a score has the lowest reward that any run got: 0.200." in made[heading]
+
+
+def test_of_another_task_too_a_missing_score_is_the_lowest_of_all_runs(tmp_path: Path) -> None:
+    comparison = comparison_of(runs={"mute": {}, "sound": {}}, seeds=[1], **OTHER)
+    for trial in pending(comparison, tmp_path):
+        after = (None, None) if trial.run == "mute" else (-1.0, 1.0)
+        pair = BeforeAndAfter(
+            before=Scores(rewards=(1.0, 1.0), accuracy=None), after=Scores(rewards=after, accuracy=None)
+        )
+        finish(trial, tmp_path, np.zeros((2, 16)), measures=made_up_measures(16, {"three": pair}))
+    found = summarise(comparison, tmp_path)
+    assert found["runs"]["mute"]["other_tasks"]["three"]["after"]["mean"] == -1
+    text = next(table.text for table in tables(found) if table.heading == "Other task: three")
+    assert text.startswith("Held-out reward at 2 problems of another task")
+
+
+def test_with_one_seed_no_intervals_are_promised(tmp_path: Path) -> None:
+    texts = [table.text for table in tables(summarise(finished(tmp_path, seeds=[1]), tmp_path))]
+    assert not [text for text in texts if "95% intervals over seeds" in text]
+    assert [text for text in texts if text.endswith("With one seed there is neither interval nor test.")]
 
 
 @pytest.mark.parametrize(
@@ -373,6 +412,16 @@ def test_tables_survive_markdown_and_terminals() -> None:
     console = Console(width=60, record=True, file=io.StringIO())
     print_tables([table], console)
     assert "[red]x[/]" in console.export_text()
+
+
+def test_long_names_are_whole_on_a_narrow_terminal() -> None:
+    names = [f"{'grpo-' * 9}{number}" for number in range(2)]
+    console = Console(width=40, record=True, file=io.StringIO())
+    print_tables(
+        [Table("Long", "Text.", ["run", "figure"], [[name, "0.123 [0.100, 0.150]"] for name in names])], console
+    )
+    shown = "".join(line[:20].strip() for line in console.export_text().splitlines())
+    assert all(name in shown for name in names)
 
 
 def test_measures_come_back_from_their_file(tmp_path: Path) -> None:

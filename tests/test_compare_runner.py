@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,7 @@ from inputs import random_center
 from small_runs import LocalPool, SessionPool, kill_command
 
 from es_engine import session
+from es_engine.compare import runner
 from es_engine.compare.measures import read_measures
 from es_engine.compare.runner import compare
 from es_engine.config import ComparisonConfig, dump_comparison, parse_comparison
@@ -237,6 +240,36 @@ def test_what_other_tasks_lose_is_counted_from_where_training_started(random_lla
     assert found["cold"].before.rewards != found["warm"].before.rewards
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_tokens": 100_000}, "other_tasks.bad: the prompt of "),
+        ({"data": "/absent.jsonl"}, "other_tasks.bad.data: no file /absent.jsonl"),
+    ],
+)
+def test_another_task_that_cannot_be_measured_is_refused_before_training(
+    chosen: ComparisonConfig, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    data = chosen.model_dump(mode="json")
+    other = {"kind": "countdown", "template": "plain"}
+    begun = parse_comparison(data | {"other_tasks": {"bad": other | changes}})
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        compare_here(begun, tmp_path / "c")
+    assert not (tmp_path / "c/tuning").exists()
+    with patch.object(runner, "_run"), suppress(ValueError):  # corrected, it may begin
+        compare(parse_comparison(data | {"other_tasks": {"good": other}}), tmp_path / "c")
+
+
+def test_two_processes_do_not_work_at_one_comparison(chosen: ComparisonConfig, tmp_path: Path) -> None:
+    with (
+        patch.object(session, "Pool", side_effect=lambda *_: compare(chosen, tmp_path / "c")),
+        pytest.raises(
+            ValueError, match=r"/c: process \d+ on \S+ since \S+ is at work in this folder; wait for its end"
+        ),
+    ):
+        compare(chosen, tmp_path / "c")
+
+
 def test_another_comparison_in_the_same_folder_is_refused(
     undisturbed: Path, random_llama: Path, tmp_path: Path
 ) -> None:
@@ -255,7 +288,7 @@ def test_a_tracker_that_is_not_installed_ends_a_comparison_before_it_begins(
         pytest.raises(ValueError, match=r"^telemetry.wandb: wandb is not installed; use null, or install it with "),
     ):
         compare(parse_comparison(data), tmp_path / "c")
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["comparison.yaml"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".lock", "comparison.yaml"]
 
 
 def test_a_bad_comparison_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

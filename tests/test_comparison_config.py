@@ -286,6 +286,7 @@ def test_overrides_reach_every_part(tmp_path: Path) -> None:
     ("override", "sentence"),
     [
         ("runs.gpro.optimizer.lr=0.1", "there is no runs.gpro, accepted are runs.es, runs.grpo"),
+        ("runs.es.optimizer.lr=0.1", "the grid of runs.es gives optimizer.lr; set runs.es.grid"),
         ("other_tasks.logic.seed=1", "there is no other_tasks.logic, accepted are none, for there are no other_tasks"),
     ],
 )

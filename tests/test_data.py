@@ -103,7 +103,9 @@ def compared(random_llama: Path, tmp_path: Path) -> ComparisonConfig:
     for number, name in enumerate(("start", "taught")):
         space.save(random_center(space, 0.1 * (1 + number)), tmp_path / name, str(random_llama))
     task = {"kind": "countdown", "template": "plain", "data": problems(tmp_path / "task.jsonl", 1), "max_tokens": 4}
-    other = {**task, "data": problems(tmp_path / "other.jsonl", 1)}
+    (tmp_path / "verifier.py").write_text("def digits(rollout):\n    return float(rollout.completion.isdigit())\n#\n")
+    part = {"verifier": f"{tmp_path / 'verifier.py'}:digits", "weight": 1.0}
+    other = {**task, "data": problems(tmp_path / "other.jsonl", 1), "reward": {"digits": part}}
     own = {"name", "seed", "budget", "method", "stages", "space"}
     run = small_config(random_llama, ES).model_dump(mode="json", exclude=own)
     sft = {"kind": "sft", "data": demonstrations(tmp_path / "method.jsonl", ""), "batch": 2}
@@ -122,6 +124,11 @@ def compared(random_llama: Path, tmp_path: Path) -> ComparisonConfig:
     )
 
 
+def changed(text: bytes) -> bytes:
+    """The lines of a file that are left without the last."""
+    return b"".join(text.splitlines(keepends=True)[:-1])
+
+
 def compare_here(chosen: ComparisonConfig, folder: Path) -> None:
     with patch.object(session, "Pool", SessionPool):
         compare(chosen, folder)
@@ -131,11 +138,11 @@ def test_a_comparison_goes_on_with_what_it_was_begun_with_alone(compared: Compar
     folder = tmp_path / "methods"
     compare_here(compared, folder)
     grown = compared.model_copy(update={"seeds": (1, 2)})
-    for name in ("task.jsonl", "method.jsonl", "other.jsonl", "start", "taught"):
+    for name in ("task.jsonl", "method.jsonl", "other.jsonl", "verifier.py", "start", "taught"):
         called = tmp_path / name
         path = called / "adapter_model.safetensors" if called.is_dir() else called
         old = path.read_bytes()
-        path.write_bytes(old[:-4] + bytes(4) if called.is_dir() else b"".join(reversed(old.splitlines(keepends=True))))
+        path.write_bytes(old[:-4] + bytes(4) if called.is_dir() else changed(old))
         with pytest.raises(
             ValueError, match=rf"{called} has changed since this was begun, which can go on with the same"
         ):

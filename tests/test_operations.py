@@ -59,7 +59,7 @@ def test_a_killed_process_lets_go_of_its_run(tmp_path: Path) -> None:
         assert process.stdout.readline() == "held\n"
         named = rf"process {process.pid} on {socket.gethostname()} since 20\d\d-\S+"
         assert re.fullmatch(named, holder(tmp_path) or "")
-        with pytest.raises(ValueError, match=rf"^{tmp_path}: {named} trains in this run folder"), locked(tmp_path):
+        with pytest.raises(ValueError, match=rf"^{tmp_path}: {named} is at work in this folder"), locked(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
     assert holder(tmp_path) is None
@@ -82,7 +82,7 @@ def test_a_run_that_is_trained_is_neither_resumed_nor_touched(tmp_path: Path) ->
         file.write('{"kind": "generation", "being')
     before = (run / "ledger.jsonl").read_bytes()
     with locked(run):
-        assert "trains in this run folder; wait for its end, or stop it" in refusal("resume", run)
+        assert "is at work in this folder; wait for its end, or stop it" in refusal("resume", run)
     assert (run / "ledger.jsonl").read_bytes() == before
 
 
@@ -111,7 +111,7 @@ def test_status_tells_running_stopped_finished_and_unreadable_runs_apart(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files, "only read"
     with locked(run):
         running = read_status(run)
-        table = CliRunner().invoke(cli.app, ["runs", str(tmp_path)], env={"COLUMNS": "1000"}).output
+        table = CliRunner().invoke(cli.app, ["runs", str(tmp_path)], env={"COLUMNS": "80"}).output
     assert running.state == "running"
     assert running.eta_seconds == pytest.approx(6 * 2.0)
     first, second = table.splitlines()[1:]

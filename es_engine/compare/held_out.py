@@ -13,24 +13,23 @@ import numpy.typing as npt
 
 from es_engine.ledger import Line, read_samples
 from es_engine.methods.rollouts import mean_of_samples
-from es_engine.methods.shaping import with_lowest
 from es_engine.run_folder import RunFolder
 
 Array = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
 
-def held_out_scores(folder: RunFolder, evaluations: Sequence[Line]) -> tuple[Array, Array | None]:
+def held_out_scores(folder: RunFolder) -> tuple[Array, Array | None]:
     """Rewards (E, P) and accuracy (E, P) of a run's evaluations; accuracy is None where the task knows no right and
-    wrong, and 0 in an evaluation without a verdict.
+    wrong, and 0 in an evaluation without a verdict. The reward of a problem without a score is NaN.
 
     Raises ValueError, naming the file, for completions that are missing or damaged.
     """
-    rows = [(_rows(folder, line), line["samples"]) for line in evaluations]
+    rows = [(_rows(folder, line), line["samples"]) for line in folder.open_evaluations().lines]
     accuracy = [problem_accuracy(*each) for each in rows]
     known = [each for each in accuracy if each is not None]
     table = np.stack([np.zeros_like(known[0]) if each is None else each for each in accuracy]) if known else None
-    return with_lowest(np.stack([problem_rewards(*each) for each in rows])), table
+    return np.stack([problem_rewards(*each) for each in rows]), table
 
 
 def problem_rewards(rows: Sequence[Row], samples: int) -> Array:

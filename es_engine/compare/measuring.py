@@ -17,6 +17,7 @@ from es_engine.compare.measures import (
     Scores,
     scores_of,
 )
+from es_engine.compare.plan import errors_of_other_task
 from es_engine.config import ComparisonConfig, Config, MultiTurnTaskConfig, on_other_task
 from es_engine.evaluation import Evaluation, evaluate_center
 from es_engine.losses import kl_k3
@@ -59,9 +60,10 @@ def measure_other_tasks(
     which the session is turned to each."""
     scores = {}
     for name, task in comparison.other_tasks.items():
-        session.turn_to(on_other_task(config, task))
-        at = session.materials.space.start() if theta is None else theta
-        evaluation = _evaluate(session, at, config.evaluation.samples, config.evaluation.temperature)
+        with errors_of_other_task(name):
+            session.turn_to(on_other_task(config, task))
+            at = session.materials.space.start() if theta is None else theta
+            evaluation = _evaluate(session, at, config.evaluation.samples, config.evaluation.temperature)
         scores[name] = scores_of(evaluation.samples, config.evaluation.samples)
     return scores
 

@@ -6,7 +6,7 @@ Shapes: E evaluations, P held-out problems.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from es_engine.compare.measures import Measures, read_measures
 from es_engine.compare.plan import Trial
 from es_engine.costs import Costs
 from es_engine.ledger import Line, running_costs
+from es_engine.methods.shaping import with_lowest
 from es_engine.run_folder import RunFolder
 
 Array = npt.NDArray[np.float64]
@@ -27,11 +28,12 @@ class Outcome:
     """A finished final run.
 
     `steps`, `costs`, `rewards` (E, P) and `accuracy` (E, P; None where the task knows no right and wrong) are those of
-    its held-out evaluations: the first is before training, the last after it. A problem without a score has the lowest
-    reward of all of them. `evaluating` are the costs of the evaluations, which count against no budget; `seconds` are
-    those of all steps by the clock. `failed` is the share of training rollouts without a score; `constant` that of the
-    groups (of ES, the members) whose rewards are all equal or missing; both are None for methods without rollouts. One
-    that `diverged` ended early: its last evaluation is where its last step had led.
+    its held-out evaluations: the first is before training, the last after it. The reward of a problem
+    without a score is NaN, until `with_one_floor` has filled it. `evaluating` are the costs of the evaluations, which
+    count against no budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts
+    without a score; `constant` that of the groups (of ES, the members) whose rewards are all equal or missing; both are
+    None for methods without rollouts. One that `diverged` ended early: its last evaluation is where its last step had
+    led.
     """
 
     trial: Trial
@@ -65,7 +67,7 @@ def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
     lines = folder.open_ledger().generations
     evaluations = folder.open_evaluations().lines
     spent = running_costs(lines)
-    rewards, accuracy = held_out_scores(folder, evaluations)
+    rewards, accuracy = held_out_scores(folder)
     return Outcome(
         trial=trial,
         diverged=trial.diverged(comparison_folder),
@@ -79,6 +81,13 @@ def read_outcome(trial: Trial, comparison_folder: Path) -> Outcome:
         constant=_constant(lines),
         measures=read_measures(folder.path),
     )
+
+
+def with_one_floor(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Outcomes in which a problem without a score has the lowest reward that any of them got: with floors of their own,
+    the run whose scored answers were the better would gain by each that it has not."""
+    filled = with_lowest(*(each.rewards for each in outcomes))
+    return [replace(each, rewards=rewards) for each, rewards in zip(outcomes, filled, strict=True)]
 
 
 def _failed(lines: Sequence[Line]) -> float | None:

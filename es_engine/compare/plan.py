@@ -4,6 +4,7 @@ A comparison's folder:
 
     comparison.yaml         what is compared
     inputs.json             hashes of what its runs are made of: data sets, models, adapters
+    before.json             what is scored at the other tasks before training
     tuning/RUN/trial-02/    a run folder for each trial of a grid, evaluated on the validation split
     runs/RUN/seed-1/        a run folder for each final run, evaluated on the test split, with its measures.json
 
@@ -17,17 +18,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from es_engine.compare.held_out import held_out_scores
 from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison, on_other_task
+from es_engine.config.base import in_yaml
 from es_engine.config.comparison import Setting
 from es_engine.data import Fingerprints
+from es_engine.ledger import innermost_difference
+from es_engine.methods.shaping import with_lowest
 from es_engine.run_folder import RunFolder, is_free, refuse_no_place, refuse_ways_out, write_text
 from rewards.base import Task
 
@@ -37,6 +43,8 @@ Stage = Literal["absent", "begun", "trained", "finished"]
 MEASURES_FILE = "measures.json"
 CONFIG_FILE = "comparison.yaml"
 INPUTS_FILE = "inputs.json"
+BEFORE_FILE = "before.json"
+"""What is scored at the other tasks where training starts: at the base model, or at each `space.init`."""
 MOST_REPEATED = 0.05
 """The share of test problems that may be the same as others."""
 
@@ -134,31 +142,31 @@ def pending(comparison: ComparisonConfig, folder: Path) -> list[Trial]:
 
 
 def tuning_results(comparison: ComparisonConfig, folder: Path) -> dict[str, list[TrialResult]]:
-    """What each trial of each grid reached; nothing where there are no grids. Raises ValueError if one is not
-    finished."""
-    results: dict[str, list[TrialResult]] = {}
-    for trial in tuning_trials(comparison):
+    """What each trial of each grid reached; nothing where there are no grids. A problem without a score has the lowest
+    reward that any trial got. Raises ValueError if one is not finished."""
+    trials = tuning_trials(comparison)
+    for trial in trials:
         if trial.stage(folder) != "finished":
             raise ValueError(
                 f"{folder / trial.folder}: this trial is not finished; run the comparison again to continue it"
             )
-        results.setdefault(trial.run, []).append(_result(trial, folder))
+    ended = [trial for trial in trials if not trial.diverged(folder)]
+    scores = [held_out_scores(RunFolder(folder / trial.folder)) for trial in ended]
+    rewards = with_lowest(*(each for each, _ in scores))
+    found = {
+        trial.folder: TrialResult(
+            trial,
+            raw.shape[1],
+            None if np.isnan(raw).all() else float(filled[-1].mean()),
+            None if accuracy is None else float(accuracy[-1].mean()),
+        )
+        for trial, (raw, accuracy), filled in zip(ended, scores, rewards, strict=True)
+    }
+    results: dict[str, list[TrialResult]] = {}
+    for trial in trials:
+        result = found.get(trial.folder, TrialResult(trial, None, None, None, diverged=True))
+        results.setdefault(trial.run, []).append(result)
     return results
-
-
-def _result(trial: Trial, folder: Path) -> TrialResult:
-    if trial.diverged(folder):
-        return TrialResult(trial, None, None, None, diverged=True)
-    run = RunFolder(folder / trial.folder)
-    evaluations = run.open_evaluations().lines
-    rewards, accuracy = held_out_scores(run, evaluations)
-    scored = any(line["reward"] is not None for line in evaluations)
-    return TrialResult(
-        trial,
-        rewards.shape[1],
-        float(rewards[-1].mean()) if scored else None,
-        None if accuracy is None else float(accuracy[-1].mean()),
-    )
 
 
 def choose(comparison: ComparisonConfig, folder: Path) -> dict[str, Choice]:
@@ -203,11 +211,24 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     if file.is_file():
         refuse_ways_out(folder)
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
-        if _has_begun(folder) and load_comparison(file).model_copy(update=free) != comparison:
-            raise ValueError(f"{folder}: it holds another comparison (see {CONFIG_FILE} there); give another folder")
+        if not _has_begun(folder):
+            (folder / BEFORE_FILE).unlink(missing_ok=True)  # of the comparison that it was to be
+        elif load_comparison(file).model_copy(update=free) != comparison:
+            raise ValueError(
+                f"{folder}: it holds another comparison{_difference(comparison, file)}; give another folder"
+            )
     elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
     write_text(file, dump_comparison(comparison))
+
+
+def _difference(comparison: ComparisonConfig, file: Path) -> str:
+    """Where a comparison first differs from that of a file, in words."""
+    mine, theirs = (
+        each.model_dump(mode="json", exclude={"seeds", "thresholds"}) for each in (comparison, load_comparison(file))
+    )
+    where, here, there = innermost_difference(mine, theirs)
+    return f", whose {where} is {in_yaml(there)} and not {in_yaml(here)}"
 
 
 def known_inputs(folder: Path) -> Fingerprints:
@@ -233,13 +254,27 @@ def _has_begun(folder: Path) -> bool:
 
 def check_splits(comparison: ComparisonConfig) -> None:
     """Raises ValueError for a task of too few held-out problems: where test problems would come again and again, or a
-    validation problem would also be a test problem."""
+    validation problem would also be a test problem; and for another task that cannot be."""
     run = next(iter(comparison.runs))
     trial, final = comparison.trial(run, 1), comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
     task = trial.task.build()
     _refuse_repeated(task, final.evaluation.numbers)
     if comparison.tunes:
         _refuse_shared(task, final.evaluation.numbers, trial.evaluation.numbers)
+    for name, other in comparison.other_tasks.items():
+        with errors_of_other_task(name):
+            other.build()
+
+
+@contextmanager
+def errors_of_other_task(name: str) -> Iterator[None]:
+    """Inside, what is wrong with another task is told with its place in the comparison."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("task"):
+            raise
+        raise ValueError(f"other_tasks.{name}{str(error).removeprefix('task')}") from error
 
 
 def _refuse_repeated(task: Task, test: range) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from es_engine.compare.measures import Scores, write_measures
 from es_engine.compare.measuring import measure, measure_other_tasks
 from es_engine.compare.plan import (
+    BEFORE_FILE,
     Trial,
     check_splits,
     choose,
@@ -40,8 +41,6 @@ from es_engine.telemetry import check_places
 from es_engine.trainer import Notices, begin, conclude, go_on
 from workers.divergence import Diverged
 
-BEFORE = "before.json"
-"""What is scored at the other tasks where training starts: at the base model, or at each `space.init`."""
 REPORT = "report.html"
 
 
@@ -52,7 +51,8 @@ def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> P
     check_splits(comparison)
     open_folder(comparison, folder)
     if pending(comparison, folder):
-        _run(comparison, folder)
+        with locked(folder):
+            _run(comparison, folder)
     summary = summarise(comparison, folder)
     write_results(summary, folder)
     write_report(
@@ -75,6 +75,10 @@ def _run(comparison: ComparisonConfig, folder: Path) -> None:
     console, progress = Console(), Progress(comparison, folder)
     with Session(first, notices, others, gradients=True, inputs=known_inputs(folder)) as session:
         keep_inputs(folder, session.inputs)
+        if comparison.other_tasks:  # now, so that one that cannot be measured is known before hours of training
+            run = next(iter(comparison.runs))
+            final = comparison.final(run, comparison.settings(run)[0], comparison.seeds[0])
+            _scores_before(session, comparison, final.by_stage[0], folder / BEFORE_FILE)
         for trial in _until_done(comparison, folder):
             console.print(progress.title(trial), markup=False, highlight=False)
             started = time.monotonic()
@@ -125,7 +129,7 @@ def _go_on(session: Session, trial: Trial, folder: Path, notices: Notices) -> No
 def _measure(session: Session, comparison: ComparisonConfig, trial: Trial, folder: Path) -> None:
     run, config = RunFolder(folder / trial.folder), session.materials.config
     theta = restore(Stages(run.load_config(), session.materials), run, run.open_ledger()).theta
-    before = _scores_before(session, comparison, config, folder / BEFORE)
+    before = _scores_before(session, comparison, config, folder / BEFORE_FILE)
     write_measures(run.path, measure(session, comparison, theta, before))
 
 

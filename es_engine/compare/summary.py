@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_engine.compare.measures import BeforeAndAfter, Scores
-from es_engine.compare.outcome import Outcome, read_outcome
+from es_engine.compare.outcome import Outcome, read_outcome, with_one_floor
 from es_engine.compare.plan import Choice, TrialResult, choose, final_trials, tuning_results
 from es_engine.compare.statistics import (
     Interval,
@@ -57,9 +57,9 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
     """
     choices = choose(comparison, folder)
     trials = tuning_results(comparison, folder)
-    outcomes: dict[str, list[Outcome]] = {run: [] for run in comparison.runs}
-    for trial in final_trials(comparison, choices):
-        outcomes[trial.run].append(read_outcome(trial, folder))
+    read = [read_outcome(trial, folder) for trial in final_trials(comparison, choices)]
+    filled = with_one_floor(read)
+    outcomes = {run: [each for each in filled if each.trial.run == run] for run in comparison.runs}
     limit = next(name for name in LIMITS if getattr(comparison.budget, name) is not None)
     measure, budget = LIMITS[limit], float(getattr(comparison.budget, limit))
     sampled = any(each.measures.sampled.correct is not None for those in outcomes.values() for each in those)
@@ -74,6 +74,7 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         "measure": measure,
         "seeds": list(comparison.seeds),
         "problems": next(iter(tables.values()))["reward_final"].shape[1],
+        "floor": _floor(read, filled),
         "tuning": _tuning(comparison, trials) if comparison.tunes else None,
         "samples": comparison.samples.model_dump(),
         "runs": {
@@ -86,6 +87,12 @@ def summarise(comparison: ComparisonConfig, folder: Path) -> Data:
         "equal_costs": {each: _equal_cost(outcomes, each) for each in get_args(Measure)},
         "grids": _grids(trials, choices),
     }
+
+
+def _floor(outcomes: Sequence[Outcome], filled: Sequence[Outcome]) -> float | None:
+    """The reward that stands for those that are missing, None where none is."""
+    missing = any(np.isnan(each.rewards).any() for each in outcomes)
+    return float(min(each.rewards.min() for each in filled)) if missing else None
 
 
 def _run_data(
@@ -222,17 +229,21 @@ def _other_task(outcomes: Mapping[str, Sequence[Outcome]], name: str) -> Data:
     both = {run: [each.measures.other_tasks[name] for each in those] for run, those in outcomes.items()}
     scores = [each for those in both.values() for pair in those for each in (pair.before, pair.after)]
     by_accuracy = any(each.accuracy is not None for each in scores)
-    return {run: _change(those, by_accuracy) for run, those in both.items()}
+    found = with_lowest(*(_before_and_after(those, by_accuracy) for those in both.values()))
+    return {run: _change(before, after, by_accuracy) for run, (before, after) in zip(both, found, strict=True)}
 
 
-def _change(both: Sequence[BeforeAndAfter], by_accuracy: bool) -> Data:
-    """Ability before and after, and the change, paired over problems."""
-    before, after = with_lowest(
-        np.array([[_of_task(getattr(each, when), by_accuracy) for each in both] for when in ("before", "after")])
-    )
+def _before_and_after(both: Sequence[BeforeAndAfter], by_accuracy: bool) -> Array:
+    """Ability (2, S, P), NaN where there is none."""
+    return np.array([[_of_task(getattr(each, when), by_accuracy) for each in both] for when in ("before", "after")])
+
+
+def _change(before: Array, after: Array, by_accuracy: bool) -> Data:
+    """Ability (S, P) before and after, and the change, paired over problems."""
     interval = share_interval if by_accuracy else mean_interval
     return {
         "figure": "accuracy" if by_accuracy else "reward",
+        "problems": before.shape[1],
         "before": _interval(before, interval),
         "after": _interval(after, interval),
         "change": _interval(after - before, mean_interval),

@@ -52,10 +52,12 @@ def _scores(summary: Data, score: str) -> Table:
     seeds, problems = len(summary["seeds"]), summary["problems"]
     text = (
         f"{problems} held-out problems, {_count(seeds, 'seed')}; each run ends after the step that reaches "
-        f"{_limits(summary)}. In brackets are 95% intervals over seeds and problems. Best is the evaluation with the "
-        "highest reward, chosen on these same problems and so too good, the more so the more evaluations there were; "
-        f"area is the mean over the budget of {NAMES[summary['measure']]}.{_level(summary)}{_diverged(summary)}"
+        f"{_limits(summary)}. {_intervals(summary)} Best is the evaluation with the highest reward, chosen on these "
+        "same problems and so too good, the more so the more evaluations there were; area is the mean over the budget "
+        f"of {NAMES[summary['measure']]}.{_level(summary)}{_diverged(summary)}"
     )
+    if score == "reward":
+        text += _floor(summary)
     columns = {f"{score}_{when}": when for when in ("before", "final", "best", "area")}
     return _of_runs(summary, f"Held-out {score}", text, columns if _has(summary, f"{score}_final") else {})
 
@@ -64,8 +66,8 @@ def _samples(summary: Data) -> Table:
     samples = summary["samples"]
     names = [name for run in summary["runs"].values() for name in run["figures"] if name.startswith("pass@")]
     text = (
-        f"The final model's {samples['n']} answers to each held-out problem at temperature {samples['temperature']:g}: "
-        "the probability that k of them hold a right one, with 95% intervals over seeds and problems."
+        f"The final model's {_count(samples['n'], 'answer')} to each held-out problem at temperature "
+        f"{samples['temperature']:g}: the probability that k of them hold a right one. {_intervals(summary)}"
     )
     return _of_runs(summary, "Sampled answers", text, {name: name for name in dict.fromkeys(names)})
 
@@ -88,8 +90,10 @@ def _has(summary: Data, figure: str) -> bool:
 def _pairs(summary: Data) -> Table:
     text = (
         "One run minus another, with 95% intervals, paired over problems. p is the probability of a difference at "
-        "least as large between equal methods; Holm's is adjusted for the number of pairs."
+        f"least as large between equal methods; Holm's is adjusted for the number of pairs.{_floor(summary)}"
     )
+    if len(summary["seeds"]) == 1:
+        text += " With one seed there is neither interval nor test."
     rows = [
         [
             f"{pair['runs'][1]} - {pair['runs'][0]}",
@@ -124,8 +128,8 @@ def _equal_costs(summary: Data) -> Table:
     score = "accuracy" if _has(summary, "accuracy_final") else "reward"
     text = (
         f"Held-out {score} of each run when it had spent as much as the seed that spent least, for each kind of cost, "
-        "on straight lines between evaluations, with 95% intervals over seeds and problems. Runs that spend none of a "
-        f"kind have no figure there.{_diverged(summary)}"
+        f"on straight lines between evaluations. {_intervals(summary)} Runs that spend none of a kind have no figure "
+        f"there.{_diverged(summary)}"
     )
     if summary["tuning"]:
         text += " Settings were picked for where the runs end, and not for these amounts."
@@ -165,6 +169,16 @@ def _diverged(summary: Data) -> str:
     return f" Diverged, and counted as they were after their last step: {', '.join(found)}." if found else ""
 
 
+def _intervals(summary: Data) -> str:
+    return "In brackets are 95% intervals over seeds and problems." if len(summary["seeds"]) > 1 else "No intervals."
+
+
+def _floor(summary: Data) -> str:
+    """A sentence about problems without a score; nothing where all have one."""
+    floor = summary["floor"]
+    return "" if floor is None else f" A problem without a score has the lowest reward that any run got: {floor:.3f}."
+
+
 def _thresholds(summary: Data) -> Table:
     text = (
         "What had been spent when held-out accuracy first reached a threshold, on straight lines between evaluations: "
@@ -179,6 +193,7 @@ def _thresholds(summary: Data) -> Table:
         ]
         for run, data in summary["runs"].items()
         for each in data["thresholds"]
+        if _has(summary, "accuracy_final")
     ]
     return Table("Cost to reach an accuracy", text, ["run", "accuracy", "seeds", *NAMES.values()], rows)
 
@@ -217,12 +232,15 @@ def _other_tasks(summary: Data) -> list[Table]:
     made = []
     for name in names:
         found = {run: data["other_tasks"][name] for run, data in summary["runs"].items()}
-        figure = next(iter(found.values()))["figure"]
+        first = next(iter(found.values()))
         rows = [
             [run, *(_estimate(each[when]) for when in ("before", "after")), _estimate(each["change"], sign="+")]
             for run, each in found.items()
         ]
-        text = f"Held-out {figure} at another task, before and after training, with 95% intervals."
+        text = (
+            f"Held-out {first['figure']} at {_count(first['problems'], 'problem')} of another task, before and after "
+            f"training. {_intervals(summary)}"
+        )
         made.append(Table(f"Other task: {name}", text, ["run", "before", "after", "change"], rows))
     return made
 

@@ -86,7 +86,7 @@ def print_tables(those: Sequence[Table], console: Console) -> None:
     for table in those:
         shown = RichTable(title=Text(table.heading), title_justify="left", box=None, pad_edge=False)
         for column in table.columns:
-            shown.add_column(Text(column), justify="left" if column == table.columns[0] else "right")
+            shown.add_column(Text(column), justify="left" if column == table.columns[0] else "right", overflow="fold")
         for row in table.rows:
             shown.add_row(*(Text(_text(cell)) for cell in row))
         console.print(shown)

@@ -277,7 +277,7 @@ def on_other_task(config: Config, task: TaskConfig) -> Config:
 
 def _refuse_unknown(overrides: Sequence[str], tree: Tree) -> None:
     """Raises ConfigError for an override of a part of a run, or of another task, that is not there: a slip would add
-    one. One that gives it whole may add it."""
+    one. One that gives it whole may add it. And for one of what a run's grid gives, which would do nothing."""
     known = {part: list(tree[part]) if isinstance(tree.get(part), dict) else [] for part in ("runs", "other_tasks")}
     for override in overrides:
         part, *names = override.partition("=")[0].split(".")
@@ -287,6 +287,18 @@ def _refuse_unknown(overrides: Sequence[str], tree: Tree) -> None:
             accepted = ", ".join(f"{part}.{each}" for each in known[part]) or f"none, for there are no {part}"
             raise ConfigError(f"override {override}: there is no {part}.{names[0]}, accepted are {accepted}")
         known[part].append(names[0])
+        field = ".".join(names[1:])
+        if part == "runs" and field in _grid_of(tree, names[0]):
+            raise ConfigError(
+                f"override {override}: the grid of runs.{names[0]} gives {field}; set runs.{names[0]}.grid"
+            )
+
+
+def _grid_of(tree: Tree, run: str) -> Tree:
+    """The grid of a run by its dotted fields, as far as there is one."""
+    part = (tree.get("runs") or {}).get(run)
+    grid = part.get("grid") if isinstance(part, dict) else None
+    return dict(flat(grid)) if isinstance(grid, dict) else {}
 
 
 def _with_whole_parts(tree: Tree, folder: Path) -> Tree:

@@ -255,6 +255,12 @@ def _model_source(name: str, place: Place) -> str:
     return path if is_path or os.path.exists(path) else name
 
 
+def verifier_file(name: str) -> str | None:
+    """The file that a verifier's name has; None for a registered verifier and for that of a module."""
+    match = _FILE_OF_VERIFIER.fullmatch(name)
+    return match["path"] if match else None
+
+
 def _verifier(name: str, place: Place) -> str:
     """Only path/to/file.py has a path; a registered verifier and package.module do not."""
     match = _FILE_OF_VERIFIER.fullmatch(name)

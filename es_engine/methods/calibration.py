@@ -48,7 +48,8 @@ def calibrate(
     groups = [probe.chunks(PROBES, sigma) for sigma in config.probe_sigmas]
     everything = [center, *(chunk for group in groups for chunk in group)]
     measured = probe.fitness.measure(pool, everything, batch, theta, version)
-    values = shaping.with_lowest(measured.fitness).mean(axis=1)
+    (filled,) = shaping.with_lowest(measured.fitness)
+    values = filled.mean(axis=1)
     center_mean = float(values[0])
     probes = [
         Probe(sigma, float(row.mean()), shaping.spread(row) or 0.0, size)

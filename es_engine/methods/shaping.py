@@ -35,11 +35,12 @@ def with_means(rewards: Array, sharers: int) -> Array:
     return np.divide(sums, counts, out=groups.copy(), where=missing).reshape(rewards.shape)
 
 
-def with_lowest(rewards: Array) -> Array:
-    """Rewards, of any shape, with the lowest of them all where there is none, zeros where nothing has one. Were such
+def with_lowest(*rewards: Array) -> list[Array]:
+    """Rewards, of any shapes, with the lowest of them all where there is none, zeros where nothing has one. Were such
     left out, what gives few answers that can be scored might seem the best."""
-    scored = rewards[~np.isnan(rewards)]
-    return np.where(np.isnan(rewards), scored.min() if len(scored) else 0.0, rewards)
+    scored = [each[~np.isnan(each)] for each in rewards]
+    lowest = min((each.min() for each in scored if len(each)), default=0.0)
+    return [np.where(np.isnan(each), lowest, each) for each in rewards]
 
 
 def shape(rewards: Array, shaping: Shaping) -> Array | None:
