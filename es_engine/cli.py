@@ -235,9 +235,11 @@ def runs(folders: RunsOrFolders) -> None:
     from es_engine.report import find_runs
     from es_engine.status import read_status
 
-    rows = [_status_row(read_status(run)) for run in find_runs(folders)]
-    if not rows:
+    found = find_runs(folders)
+    if not found:
         raise ValueError(f"{folders[0]}: neither a run folder nor a folder of them")
+    shared = Path(os.path.commonpath([run.absolute() for run in found]))  # which would take the columns' room
+    rows = [{**_status_row(read_status(run)), "run": str(run.absolute().relative_to(shared.parent))} for run in found]
     table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(_text, row.values()))
