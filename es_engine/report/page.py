@@ -180,9 +180,9 @@ def summary(groups: Sequence[RunGroup]) -> Table:
         )
     return Table(
         "Summary",
-        "Accuracy and reward of the center on held-out problems, before the first step and at the last evaluation; and "
-        "what the steps spent, evaluations apart. With several seeds, their means; rollouts without a score are those "
-        "of all of them.",
+        "Accuracy and reward of the center on held-out problems, before the first step and at the last evaluation, the "
+        "reward of those problems that have a score; and what the steps spent, evaluations apart. With several seeds, "
+        "their means; rollouts without a score are those of all of them.",
         columns,
         rows,
     )
