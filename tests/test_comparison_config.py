@@ -309,6 +309,14 @@ def test_an_override_may_add_a_whole_run(tmp_path: Path) -> None:
     assert (method.population, method.prompts) == (64, 4)  # type: ignore[union-attr]
 
 
+def test_runs_that_are_no_mapping_are_refused_beside_an_override_too(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.yaml"
+    for runs in ("[]", "3", "{es: 3}", "{es: {grid: 3}}"):
+        path.write_text(f"name: c\nbudget: {{tokens: 1}}\nruns: {runs}\n")
+        with pytest.raises(ConfigError, match=r"runs"):
+            load_comparison(path, ["runs.es={grid: 3}"])
+
+
 @pytest.mark.parametrize("override", ["seeds", "=3", "", "runs"])
 def test_what_is_no_override_is_refused_in_words(tmp_path: Path, override: str) -> None:
     path = tmp_path / "comparison.yaml"

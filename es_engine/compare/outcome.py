@@ -28,12 +28,11 @@ class Outcome:
     """A finished final run.
 
     `steps`, `costs`, `rewards` (E, P) and `accuracy` (E, P; None where the task knows no right and wrong) are those of
-    its held-out evaluations: the first is before training, the last after it. The reward of a problem
-    without a score is NaN, until `with_one_floor` has filled it. `evaluating` are the costs of the evaluations, which
-    count against no budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts
-    without a score; `constant` that of the groups (of ES, the members) whose rewards are all equal or missing; both are
-    None for methods without rollouts. One that `diverged` ended early: its last evaluation is where its last step had
-    led.
+    its held-out evaluations: the first is before training, the last after it. The reward of a problem without a score
+    is NaN, until `with_one_floor` has filled it. `evaluating` are the costs of the evaluations, which count against no
+    budget; `seconds` are those of all steps by the clock. `failed` is the share of training rollouts without a score;
+    `constant` that of the groups (of ES, the members) whose rewards are all equal or missing; both are None for methods
+    without rollouts. One that `diverged` ended early: its last evaluation is where its last step had led.
     """
 
     trial: Trial

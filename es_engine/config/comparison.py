@@ -296,9 +296,10 @@ def _refuse_unknown(overrides: Sequence[str], tree: Tree) -> None:
 
 def _grid_of(tree: Tree, run: str) -> Tree:
     """The grid of a run by its dotted fields, as far as there is one."""
-    part = (tree.get("runs") or {}).get(run)
-    grid = part.get("grid") if isinstance(part, dict) else None
-    return dict(flat(grid)) if isinstance(grid, dict) else {}
+    found: Any = tree
+    for key in ("runs", run, "grid"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return dict(flat(found)) if isinstance(found, dict) else {}
 
 
 def _with_whole_parts(tree: Tree, folder: Path) -> Tree:
