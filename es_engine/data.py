@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from es_engine.config import Config
 from es_engine.config.loading import verifier_file
@@ -19,12 +20,13 @@ def data_fingerprints(config: Config) -> Fingerprints:
 
 
 def verifier_fingerprints(config: Config) -> Fingerprints:
-    """Of the files, alone, in which the verifiers, or the environment, of a config's task are."""
+    """Of the files, alone, in which the verifiers, or the environment, of a config's task are; one that is not there is
+    for whoever loads it to tell."""
     task = config.task
     parts = (getattr(task, "reward", None) or {}).values()
     names = [getattr(task, "verifier", None), getattr(task, "environment", None), *(part.verifier for part in parts)]
     files = {file for name in names if name is not None and (file := verifier_file(name)) is not None}
-    return {file: fingerprint(file, "task.verifier") for file in sorted(files)}
+    return {file: fingerprint(file, "task.verifier") for file in sorted(files) if Path(file).is_file()}
 
 
 def refuse_changed(known: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -211,9 +211,13 @@ def refuse_no_place(path: Path) -> None:
 def refuse_no_file(path: Path) -> None:
     """Raises ValueError where no file can be written, be it in place of one that is there."""
     refuse_no_place(path)
-    for each in (path, _partial(path)) if path.name else (path,):
-        if os.path.lexists(each) and not each.is_file():
-            raise ValueError(f"{each}: exists and is no file; give the name of one")
+    _refuse_other(path)
+    _refuse_other(_partial(path))
+
+
+def _refuse_other(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path}: exists and is no file; give the name of one")
 
 
 def refuse_taken(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Who trains in a run folder: a lock that the kernel lets go of when its process ends, however it ends.
+"""Who is at work in the folder of a run or of a comparison: a lock that the kernel lets go of when its process ends,
+however it ends.
 
 The name of the process is in the lock's file for people; whether it is still there, only the lock says. It holds
 between hosts where the file system passes flock on, as NFS does.
@@ -25,7 +26,7 @@ PATIENCE_S = 1.0
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder. Raises ValueError if one of them does, or if its file system
+    """Keep other processes from working in a folder. Raises ValueError if one of them does, or if its file system
     has no locks."""
     with (folder / LOCK).open("a+") as file:
         deadline = time.monotonic() + PATIENCE_S
@@ -41,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """The process that trains in a run folder, in words; None if there is none."""
+    """The process that is at work in a folder, in words; None if there is none."""
     try:
         file = (folder / LOCK).open()
     except FileNotFoundError:

@@ -156,7 +156,7 @@ def gather(config: Config, base: LocalModel | None = None) -> Materials:
 
 
 def _gather(config: Config, base: LocalModel | None) -> Materials:
-    data = data_fingerprints(config)  # before it is read: a change meanwhile is noticed then, if too strictly
+    data = data_fingerprints(config)  # before it is read, so that a change in between is refused later, not missed
     task = config.task.build()
     model = local_model(config)
     if base is None or base.folder != model:

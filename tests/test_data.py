@@ -221,3 +221,9 @@ def test_a_hub_data_set_is_known_by_its_rows(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name / "train.jsonl").write_text(json.dumps({"question": "1+1=", "answer": answer}) + "\n")
         found.append(fingerprint(f"hub:{tmp_path / name}", "task.data"))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("task", [{"verifier": "/absent.py:f"}, {"reward": {"part": {"verifier": "/absent.py:f"}}}])
+def test_a_verifier_that_is_missing_is_told_by_whoever_loads_it(random_llama: Path, task: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^verifier: no file /absent\.py$"):
+        Session(small_config(random_llama, ES, task=task), print)

@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from es_engine.compare.held_out import held_out_scores
-from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison, on_other_task
+from es_engine.config import ComparisonConfig, Config, dump_comparison, load_comparison
 from es_engine.config.base import in_yaml
 from es_engine.config.comparison import Setting
 from es_engine.data import Fingerprints
@@ -189,17 +189,6 @@ def _merit(result: TrialResult) -> tuple[bool, float, float]:
     return not result.diverged, reward, accuracy
 
 
-def every_config(comparison: ComparisonConfig) -> list[Config]:
-    """Everything that the pool may have to serve, apart from seeds."""
-    stages = [
-        stage
-        for run in comparison.runs
-        for number in range(1, 1 + len(comparison.settings(run)))
-        for stage in comparison.trial(run, number).by_stage
-    ]
-    return [*stages, *(on_other_task(stages[0], task) for task in comparison.other_tasks.values())]
-
-
 def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
     """Begin a comparison's folder, or check that it is this comparison's; seeds and thresholds may have changed, and
     all of it where no run has begun.
@@ -213,22 +202,15 @@ def open_folder(comparison: ComparisonConfig, folder: Path) -> None:
         free = {"seeds": comparison.seeds, "thresholds": comparison.thresholds}
         if not _has_begun(folder):
             (folder / BEFORE_FILE).unlink(missing_ok=True)  # of the comparison that it was to be
-        elif load_comparison(file).model_copy(update=free) != comparison:
+        elif (held := load_comparison(file).model_copy(update=free)) != comparison:
+            where, there, here = innermost_difference(held.model_dump(mode="json"), comparison.model_dump(mode="json"))
             raise ValueError(
-                f"{folder}: it holds another comparison{_difference(comparison, file)}; give another folder"
+                f"{folder}: it holds another comparison, whose {where} is {in_yaml(there)} and not {in_yaml(here)}; "
+                "give another folder"
             )
     elif not is_free(folder, CONFIG_FILE):
         raise ValueError(f"{folder}: it exists and holds no comparison; give another folder")
     write_text(file, dump_comparison(comparison))
-
-
-def _difference(comparison: ComparisonConfig, file: Path) -> str:
-    """Where a comparison first differs from that of a file, in words."""
-    mine, theirs = (
-        each.model_dump(mode="json", exclude={"seeds", "thresholds"}) for each in (comparison, load_comparison(file))
-    )
-    where, here, there = innermost_difference(mine, theirs)
-    return f", whose {where} is {in_yaml(there)} and not {in_yaml(here)}"
 
 
 def known_inputs(folder: Path) -> Fingerprints:

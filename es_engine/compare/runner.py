@@ -20,7 +20,6 @@ from es_engine.compare.plan import (
     Trial,
     check_splits,
     choose,
-    every_config,
     final_trials,
     keep_inputs,
     known_inputs,
@@ -31,7 +30,7 @@ from es_engine.compare.progress import Progress
 from es_engine.compare.summary import summarise
 from es_engine.compare.tables import details, results, tables
 from es_engine.compare.writers import print_tables, write_results
-from es_engine.config import ComparisonConfig, Config
+from es_engine.config import ComparisonConfig, Config, on_other_task
 from es_engine.past import Stages, present_stage, restore
 from es_engine.report import RunData, RunGroup, read_run, write_report
 from es_engine.run_folder import RunFolder, write_text
@@ -69,7 +68,7 @@ def compare(comparison: ComparisonConfig, folder: Path | str | None = None) -> P
 
 def _run(comparison: ComparisonConfig, folder: Path) -> None:
     notices = Notices()
-    first, *others = configs = every_config(comparison)
+    first, *others = configs = _every_config(comparison)
     for telemetry in {config.telemetry for config in configs}:
         check_places(telemetry)
     console, progress = Console(), Progress(comparison, folder)
@@ -92,6 +91,17 @@ def _until_done(comparison: ComparisonConfig, folder: Path) -> Iterator[Trial]:
     """What is to be run, one after the other; the final runs are known when the grids are done."""
     while todo := pending(comparison, folder):
         yield from todo
+
+
+def _every_config(comparison: ComparisonConfig) -> list[Config]:
+    """Everything that the pool may have to serve, apart from seeds."""
+    stages = [
+        stage
+        for run in comparison.runs
+        for number in range(1, 1 + len(comparison.settings(run)))
+        for stage in comparison.trial(run, number).by_stage
+    ]
+    return [*stages, *(on_other_task(stages[0], task) for task in comparison.other_tasks.values())]
 
 
 def _train(session: Session, trial: Trial, folder: Path, notices: Notices, console: Console) -> None:

@@ -60,7 +60,9 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 class TuningConfig(ConfigModel):
     """How the best setting of each grid is found."""
 
-    seed: Seed = Field(default=0, description="Seed of all trials of the grids; none of the final runs has it then.")
+    seed: Seed = Field(
+        default=0, description="Seed of all trials of the grids; where there are some, no final run has it."
+    )
     problems: PositiveInt = Field(
         default=128,
         description="Problems of the validation split: the held-out problems that follow those of evaluation.problems.",
